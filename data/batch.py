@@ -1,0 +1,84 @@
+"""What crosses the house: raw observations in, batches through, action chunks out.
+
+Shape letters, used everywhere:
+    B batch   T observation offsets   H horizon (chunk steps)   A action dims   S state dims
+    L prompt tokens   E text-encoder width   D model width   K draws per prefix
+Values are in **raw units** (metres, radians, the simulator's action units): normalising is the policy's business, so that
+statistics travel with the weights and nobody else can apply them twice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawObservation:
+    """What a robot or a simulator saw at one decision: unprepared, unbatched."""
+
+    images: Mapping[str, np.ndarray]
+    """camera -> (T, rows, columns, 3) uint8, in the camera's own orientation and size (LIBERO: upside-down)."""
+    state_TS: np.ndarray
+    """float32, in the order of the robot card."""
+    instruction: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """A batch of instructions, tokenised; padded on the right to a common bucket."""
+
+    ids_BL: Tensor
+    """int64; 0 where padded."""
+    mask_BL: Tensor
+    """bool; True at real tokens."""
+    embedding_BLE: Tensor | None = None
+    """float32, the text encoder's output for the same tokens, where the policy reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """A batch of prepared observations."""
+
+    images: Mapping[str, Tensor]
+    """camera -> (B, T, image_px, image_px, 3) uint8: upright, padded to square, resized. An absent camera has no key."""
+    image_mask: Mapping[str, Tensor]
+    """camera -> (B,) bool; False where a sample lacks that camera."""
+    state_BTS: Tensor
+    """float32."""
+    prompts: Prompts
+
+    def to(self, device: torch.device | str) -> Self:
+        moved: Self = _moved(self, device)
+        return moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Training samples: an observation and the chunk of actions that follows it."""
+
+    observation: Observation
+    actions_BHA: Tensor
+    """float32; beyond the episode's end the last action is repeated."""
+    valid_BH: Tensor
+    """bool; False beyond the episode's end."""
+    sample_index_B: Tensor
+    """int64: the frame's place in the cache. With the step it names a sample's noise, whatever the rank."""
+
+    def to(self, device: torch.device | str) -> Self:
+        moved: Self = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in it, however deep, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+    return value

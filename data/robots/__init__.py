@@ -1,0 +1,1 @@
+"""Robot cards, one file a robot."""

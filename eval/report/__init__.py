@@ -1,0 +1,1 @@
+"""vlatune.eval.report"""

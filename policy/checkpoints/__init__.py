@@ -1,0 +1,1 @@
+"""vlatune.policy.checkpoints"""

@@ -1,0 +1,75 @@
+"""The folders of this checkout are the sub-packages of ``vlatune``; nothing else reaches site-packages.
+
+LIBERO (``hf-libero``) is not in the lists below: its own requirements bring a CUDA torch of several GB, which its
+environments never use. ``launch/install.sh`` installs it with ``--no-deps`` beside the ``sim`` extra.
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("data", "policy", "train", "eval", "ds_configs", "launch")
+
+packages = {
+    f"vlatune.{dotted}": dotted.replace(".", "/")
+    for folder in FOLDERS
+    for dotted in (folder, *(f"{folder}.{sub}" for sub in find_packages(folder)))
+}
+
+setup(
+    name="vlatune",
+    version="0.1.0",
+    description="Fine-tune vision-language-action policies with DeepSpeed and evaluate every checkpoint, honestly",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.7",
+        "numpy>=1.26",
+        "accelerate>=1.10",
+        "deepspeed>=0.19.8",  # 0.18.5 and .6 recount every parameter in each gradient hook: 100 x slower backward
+        "transformers>=5.5",  # SigLIP and T5; 5.x module names
+        "peft>=0.17",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "h5py>=3.10",
+        "pandas>=2.2",
+        "pyarrow>=16",  # parquet in caches
+        "pillow>=10",  # bilinear resize, as openpi does it
+        "scipy>=1.11",  # intervals and tests
+        "matplotlib>=3.8",  # figures of the report
+        "jinja2>=3.1",  # the report's page
+        "imageio[ffmpeg]>=2.34",  # mp4 without a system ffmpeg
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "tyro>=0.9",  # the command line is the config dataclasses
+        "ninja",  # DeepSpeed builds its shared-memory collective on first use
+    ],
+    extras_require={
+        "sim": [
+            "robosuite==1.4.0",  # LIBERO's version; later ones change controllers and cameras
+            "mujoco==3.3.2",  # scores move with it: a LIBERO task drops from 98 % to 12 % at 3.4 and later
+            "bddl==1.0.1",  # LIBERO's task language
+            "easydict",
+            "gymnasium",
+            "cloudpickle",
+            "future",
+            "opencv-python-headless",
+        ],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "pandas-stubs",
+            "scipy-stubs",
+            "types-tqdm",
+            "types-psutil",
+        ],
+    },
+    packages=list(packages),
+    package_dir=packages,
+    package_data={
+        "vlatune.ds_configs": ["*.json"],
+        "vlatune.launch": ["*.sh"],
+        "vlatune.eval": ["benchmarks/pocket/**/*", "report/*.html", "report/*.css"],
+    },
+    entry_points={"console_scripts": ["vlatune=vlatune.launch.cli:main"]},
+)
