@@ -1,1 +1,81 @@
-"""A trained policy as a robot, a simulator sweep or a server sees it: raw observations in, raw action chunks out."""
+"""A trained policy as a robot, a sweep or a server sees it: raw observations in, raw action chunks out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.batch import Observation, RawObservation
+from ..data.language import Language
+from .checkpoints.folder import read_policy
+from .policy import Policy
+
+
+class ActingPolicy:
+    """Prepares observations exactly as `vlatune prepare` prepared the training images, and acts on them."""
+
+    def __init__(self, policy: Policy, language: Language, *, weights_hash: str, device: torch.device) -> None:
+        self.policy = policy.eval().requires_grad_(False).to(device)
+        self.language = language
+        self.weights_hash = weights_hash
+        self.device = device
+        self.cameras = policy.embodiment.cameras
+        self.image_rule = policy.embodiment.image_rule
+        self.robot = policy.embodiment.robot
+        self.observation_offsets = policy.config.observation_offsets
+        self.horizon, self.action_dim = policy.action_shape
+
+    @property
+    def num_sampling_steps(self) -> int:
+        return self.policy.config.objective.num_sampling_steps
+
+    @property
+    def sampling(self) -> Mapping[str, int | str]:
+        """What decides the sampling besides weights and noise."""
+        return {"objective": self.policy.config.objective.type, "num_sampling_steps": self.num_sampling_steps}
+
+    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray) -> np.ndarray:
+        """(B, H, A) float32 actions in raw units. `noise_BHA` is standard normal, (B, H, A).
+
+        Raises ValueError if an observation lacks a camera or has another number of observation offsets or state dims."""
+        num_offsets, state_dim = len(self.observation_offsets), self.policy.embodiment.state_dim
+        for raw in observations:
+            missing = set(self.cameras) - raw.images.keys()
+            if missing:
+                raise ValueError(
+                    f"the observation has cameras {sorted(raw.images)}, the policy needs {', '.join(self.cameras)}"
+                )
+            if raw.state_TS.shape != (num_offsets, state_dim):
+                raise ValueError(
+                    f"the observation's state is {raw.state_TS.shape}, the policy needs {(num_offsets, state_dim)}"
+                )
+        with torch.inference_mode():
+            actions_BHA = self.policy.sample(
+                self._prepared(observations).to(self.device), torch.from_numpy(noise_BHA).float().to(self.device)
+            )
+        actions: np.ndarray = actions_BHA.float().cpu().numpy()
+        return actions
+
+    def _prepared(self, observations: Sequence[RawObservation]) -> Observation:
+        images = {}
+        for camera in self.cameras:
+            flat = np.concatenate([raw.images[camera] for raw in observations])
+            prepared = self.image_rule.prepare(flat)
+            images[camera] = torch.from_numpy(prepared).unflatten(0, (len(observations), -1))
+        everywhere = torch.ones(len(observations), dtype=torch.bool)
+        return Observation(
+            images=images,
+            image_mask=dict.fromkeys(self.cameras, everywhere),
+            state_BTS=torch.from_numpy(np.stack([raw.state_TS for raw in observations])),
+            prompts=self.language.prompts(
+                [raw.instruction for raw in observations], embeddings=self.policy.config.backbone.language == "encoder"
+            ),
+        )
+
+
+def load_policy(path: Path, *, device: str = "auto") -> ActingPolicy:
+    """The policy of a checkpoint folder, ready to act. `device` is a torch device, or `auto`: CUDA where there is one."""
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    policy, language, weights_hash = read_policy(path)
+    return ActingPolicy(policy, language, weights_hash=weights_hash, device=chosen)

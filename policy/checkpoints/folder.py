@@ -1,0 +1,116 @@
+"""Our checkpoint folder: everything that acting needs, nothing that needs pickle.
+
+step_000400/
+    model.safetensors     weights, under the names of `Policy.state_dict()`
+    config.json           the resolved policy config and the embodiment it is tied to
+    normalisation.json    statistics of state and actions
+    language/             tokenizer and the instructions seen in training
+    trainer/              optimizer state for resuming; only in the newest checkpoints
+    COMPLETE              written last
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...data.episodes import DataError
+from ...data.language import Language
+from ...data.normalise import Statistics
+from ..config import Embodiment, PolicyConfig
+from ..policy import Policy
+
+FORMAT_VERSION = 1
+COMPLETE = "COMPLETE"
+Config = TypeVar("Config")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def complete_checkpoints(run: Path) -> dict[int, Path]:
+    """step -> folder, in order; a checkpoint that was not written to its end is not one."""
+    found = {
+        int(marker.parent.name.removeprefix("step_")): marker.parent
+        for marker in run.glob(f"checkpoints/step_*/{COMPLETE}")
+    }
+    return dict(sorted(found.items()))
+
+
+def write_policy(
+    folder: Path, policy: Policy, weights: Mapping[str, Tensor], language: Path, provenance: Mapping[str, Any]
+) -> None:
+    """Write all but COMPLETE into an existing folder. `weights` are the policy's, gathered and on any device."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
+    )
+    config = {
+        "format_version": FORMAT_VERSION,
+        "policy": dataclasses.asdict(policy.config),
+        "embodiment": dataclasses.asdict(policy.embodiment),
+        "provenance": dict(provenance),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    policy.statistics.save(folder / "normalisation.json")
+    shutil.copytree(language, folder / "language", dirs_exist_ok=True)
+
+
+def read_policy(folder: Path) -> tuple[Policy, Language, str]:
+    """The policy with its weights (float32 as stored, on the CPU), its language, and its weights' hash.
+
+    Raises DataError if the folder is no complete checkpoint of this format, or its weights do not fit its config."""
+    if not (folder / COMPLETE).exists():
+        raise DataError(
+            f"{folder} is not a complete checkpoint (it has no file {COMPLETE}); give a folder like RUN/checkpoints/step_001000"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder} has checkpoint format {config.get('format_version')!r}, this vlatune reads {FORMAT_VERSION}; "
+            "use the vlatune that wrote it"
+        )
+    policy = Policy(
+        _parsed(PolicyConfig, config["policy"], folder),
+        _parsed(Embodiment, config["embodiment"], folder),
+        Statistics.load(folder / "normalisation.json"),
+    )
+    weights_file = folder / "model.safetensors"
+    weights = load_file(weights_file)
+    expected = policy.state_dict()
+    wrong = [
+        *(f"{name} is missing" for name in expected.keys() - weights.keys()),
+        *(f"{name} is not part of the policy" for name in weights.keys() - expected.keys()),
+        *(
+            f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ),
+    ]
+    if wrong:
+        raise DataError(f"{weights_file} does not fit its config.json: {min(wrong)} ({len(wrong)} such tensors)")
+    policy.load_state_dict(weights)
+    with weights_file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return policy, Language.load(folder / "language"), digest[:16]
+
+
+def _parsed(kind: type[Config], stored: object, folder: Path) -> Config:
+    """A config dataclass from its JSON; unknown and missing keys are errors, not defaults."""
+    try:
+        config = TypeAdapter(kind).validate_python(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{folder}/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if json.loads(json.dumps(dataclasses.asdict(config))) != stored:  # type: ignore[call-overload]
+        raise DataError(
+            f"{folder}/config.json has keys that this vlatune's {kind.__name__} does not know or lacks some of them"
+        )
+    return config

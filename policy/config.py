@@ -1,0 +1,44 @@
+"""What a policy is made of, and what it is tied to; both are stored in every checkpoint and rebuild it without a recipe."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..data.images import ImageRule
+from .backbones import BackboneConfig
+from .backbones.paligemma import PaliGemmaConfig
+from .experts import ExpertConfig
+from .experts.gemma import GemmaExpertConfig
+from .objectives import ObjectiveConfig
+from .objectives.flow import Flow
+
+NormalisationMode = Literal["mean_std", "quantile", "min_max", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """A policy: backbone, expert, objective and how numbers are normalised."""
+
+    backbone: BackboneConfig = field(default_factory=PaliGemmaConfig)
+    expert: ExpertConfig = field(default_factory=GemmaExpertConfig)
+    objective: ObjectiveConfig = field(default_factory=Flow)
+    horizon: int = 10
+    """Steps of an action chunk."""
+    state_normalisation: NormalisationMode = "quantile"
+    action_normalisation: NormalisationMode = "quantile"
+    observation_offsets: tuple[int, ...] = (0,)
+    """Which observations a decision reads, in control steps relative to now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embodiment:
+    """The data side of a policy: fixed by the cache it was trained on."""
+
+    robot: str
+    state_dim: int
+    action_dim: int
+    cameras: tuple[str, ...]
+    image_rule: ImageRule
+    """How a camera's picture is turned upright, padded and resized: the same in training and in acting."""
+    vocab_size: int
+    encoder_width: int | None
+    """Width of the cached text embeddings; None where the cache holds none."""

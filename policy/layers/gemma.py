@@ -1,0 +1,117 @@
+"""The transformer block that PaliGemma's language model and the action experts share.
+
+A block is used in two halves of one attention: a prefix computes its keys and values once, an expert's tokens attend to
+them and to themselves. That is exactly joint attention, because prefix tokens never look at the expert's.
+
+Shape letters: B batch, N own tokens, P prefix tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .norms import AdaRMSNorm, RMSNorm
+from .rotary import rotate
+
+KeysValues = tuple[Tensor, Tensor]
+"""Two tensors (B, num_kv_heads, N, head_dim); the keys are already rotated to their positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig:
+    """Sizes of one Gemma-style transformer."""
+
+    width: int
+    depth: int
+    """Layers."""
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, split so that keys and values can be computed apart."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:
+        return rotate(self._heads(self.k_proj(x_BND)), angles), self._heads(self.v_proj(x_BND))
+
+    def forward(
+        self, x_BND: Tensor, angles: tuple[Tensor, Tensor], keys_values: KeysValues, mask_B1NP: Tensor | None
+    ) -> Tensor:
+        """Attend from `x` to `keys_values`; `mask` is True where a query may look."""
+        queries = rotate(self._heads(self.q_proj(x_BND)), angles)
+        keys, values = keys_values
+        attended = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask_B1NP, enable_gqa=queries.shape[1] != keys.shape[1]
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaBlock(nn.Module):
+    """One layer: norm, attention, norm, feed-forward. `adaptive` norms are conditioned and gate the residuals."""
+
+    def __init__(self, config: GemmaConfig, *, adaptive: bool) -> None:
+        super().__init__()
+        norm = AdaRMSNorm if adaptive else RMSNorm
+        self.input_layernorm = norm(config.width)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = norm(config.width)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask_B1NP: Tensor | None,
+        *,
+        prefix: KeysValues | None = None,
+        condition_BD: Tensor | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """The layer's output and its own keys and values. With a `prefix`, attention runs over prefix and own tokens."""
+        normed_BND, gate = self.input_layernorm(x_BND, condition_BD)
+        own = self.self_attn.keys_values(normed_BND, angles)
+        visible = own
+        if prefix is not None:
+            visible = (torch.cat([prefix[0], own[0]], dim=2), torch.cat([prefix[1], own[1]], dim=2))
+        x_BND = _gated_residual(x_BND, self.self_attn(normed_BND, angles, visible, mask_B1NP), gate)
+        normed_BND, gate = self.post_attention_layernorm(x_BND, condition_BD)
+        return _gated_residual(x_BND, self.mlp(normed_BND), gate), own
+
+    def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:
+        """Only what a reader of this layer's cache needs: no queries, no output, no feed-forward."""
+        return self.self_attn.keys_values(self.input_layernorm(x_BND)[0], angles)
+
+
+def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    return x + branch if gate is None else x + branch * gate

@@ -1,0 +1,45 @@
+"""Root-mean-square norms as Gemma has them: the scale is `1 + weight`, statistics in float32."""
+
+import torch
+from torch import Tensor, nn
+
+
+def _rms_normalised(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * (1 + weight)`. Returns `(normalised, None)`: there is no gate on the residual."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        normalised = _rms_normalised(x, self.eps) * (1 + self.weight.float())
+        return normalised.to(x.dtype), None
+
+
+class AdaRMSNorm(nn.Module):
+    """RMS norm whose scale, shift and residual gate come from a condition (π0.5's, after DiT's adaLN).
+
+    From scratch the modulation starts at scale 0, shift 0 and gate 1, an ordinary norm with live residual branches;
+    a zero gate would leave a small network without a signal for its first hundreds of steps."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.dense = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.dense.weight)
+        with torch.no_grad():
+            self.dense.bias.copy_(torch.cat([torch.zeros(2 * width), torch.ones(width)]))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`x` (B, N, width), `condition` (B, width) -> normalised (B, N, width), gate (B, 1, width)."""
+        if condition is None:
+            raise ValueError("an adaptive norm needs its condition; pass the noise level's embedding")
+        scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=-1)
+        normalised = _rms_normalised(x, self.eps) * (1 + scale.float()) + shift.float()
+        return normalised.to(x.dtype), gate.to(x.dtype)

@@ -1,0 +1,41 @@
+"""What every objective is: a draw, a loss and a way to sample, over a bound expert and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..experts.bound_expert import BoundExpert
+from .draws import DrawKeys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What an objective drew; a function of (seed, optimizer step, global sample index), or recorded and put in.
+
+    With K draws per prefix the first dimension is B * K; row b * K + k belongs to sample b."""
+
+    noise_BHA: Tensor
+    noise_level_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Unreduced: the trainer takes the mean of the entries, weighted."""
+
+    entries_BHA: Tensor
+    weight_BHA: Tensor
+    """0 where padded, unused or rejected."""
+    metrics: Mapping[str, Tensor]
+    """Detached scalars."""
+
+
+class Objective(Protocol):
+    """Actions here are normalised; `valid_BHA` is True where a step is real and a dimension used."""
+
+    def draw(self, actions_BHA: Tensor, keys: DrawKeys) -> Draw: ...
+
+    def loss(self, expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw) -> Loss: ...
+
+    def sample(self, expert: BoundExpert, noise_BHA: Tensor) -> Tensor: ...

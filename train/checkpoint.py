@@ -1,0 +1,100 @@
+"""Checkpoints of a run: written whole or not at all, and the newest one resumed from."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data.episodes import DataError
+from ..policy.checkpoints.folder import COMPLETE, checkpoint_name, complete_checkpoints, write_policy
+from ..policy.policy import Policy
+
+FREE_TO_CHANGE = {
+    "out",
+    "cache",
+    "stop_at_step",
+    "checkpoint_every",
+    "num_trainer_states",
+    "log_every",
+    "validate_every",
+    "num_validation_batches",
+}
+"""Fields that do not alter what a run computes; the cache is compared by its content instead of its path."""
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    run: Path,
+    step: int,
+    *,
+    language: Path,
+    provenance: Mapping[str, Any],
+    num_trainer_states: int,
+) -> None:
+    """All ranks call this. The folder appears under its name only when its last file is written."""
+    final = run / "checkpoints" / checkpoint_name(step)
+    temporary = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary / "trainer"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        policy = accelerator.unwrap_model(model)
+        assert isinstance(policy, Policy)
+        write_policy(temporary, policy, policy.state_dict(), language, {**provenance, "step": step})
+        (temporary / COMPLETE).write_text(f"step {step}\n")
+        _flush_to_disk(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for older in list(complete_checkpoints(run).values())[:-num_trainer_states]:
+            shutil.rmtree(older / "trainer", ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """So that after a power cut the new name never stands before unwritten content."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def newest_resumable(run: Path) -> tuple[int, Path] | None:
+    """The newest complete checkpoint with trainer state, and its step."""
+    resumable = [(step, path) for step, path in complete_checkpoints(run).items() if (path / "trainer").is_dir()]
+    return resumable[-1] if resumable else None
+
+
+def store_or_compare_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved config of a new run; of a run that exists, refuse one that would compute something else.
+
+    Raises DataError that names the first field that differs."""
+    path = run / "config.json"
+    if not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config, indent=1) + "\n")
+        temporary.replace(path)
+        return
+    stored = json.loads(path.read_text())
+    differing = list(_differences(stored, json.loads(json.dumps(config)), ""))
+    if differing:
+        raise DataError(
+            f"{run} holds a run with other settings: {'; '.join(differing[:3])}. Type --out with a new folder, or the old values to resume"
+        )
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if not (name == "" and key in FREE_TO_CHANGE)]
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name} was {old!r}, now {new!r}"]

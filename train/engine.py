@@ -1,0 +1,63 @@
+"""The Accelerator: DeepSpeed through Accelerate's plugin, or plain."""
+
+import importlib.resources
+import json
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+from .config import TrainConfig
+
+
+def world_size() -> int:
+    """How many ranks the launcher started; 1 without a launcher. Known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def resolve_precision(config: TrainConfig) -> str:
+    """`bf16` or `fp32`."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
+    """The engine's JSON with the recipe's numbers filled in where it says `auto`."""
+    text = importlib.resources.files("vlatune.ds_configs").joinpath(f"{config.engine}.json").read_text()
+    settings: dict[str, Any] = json.loads(text)
+    settings["train_micro_batch_size_per_gpu"] = config.micro_batch_size(num_ranks)
+    settings["gradient_accumulation_steps"] = config.num_accumulation_steps
+    settings["gradient_clipping"] = config.optimizer.gradient_clip_norm
+    settings["bf16"]["enabled"] = resolve_precision(config) == "bf16"
+    return settings
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Joins the process group. The scheduler is never prepared: Accelerate would step it once per rank."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    plugin = None
+    if config.engine != "plain":
+        # Without a launcher DeepSpeed still wants to know the address of its group of one.
+        for name, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29511",
+        }.items():
+            os.environ.setdefault(name, value)
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world_size()))
+    return Accelerator(
+        mixed_precision="bf16" if resolve_precision(config) == "bf16" else "no",
+        gradient_accumulation_steps=config.num_accumulation_steps,
+        deepspeed_plugin=plugin,
+        step_scheduler_with_optimizer=False,
+        cpu=plugin is None and not on_gpu,
+        # Accelerate does not choose gloo by itself under DeepSpeed: every rank would believe to be alone.
+        kwargs_handlers=None if on_gpu or plugin is None else [InitProcessGroupKwargs(backend="gloo")],
+    )

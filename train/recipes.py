@@ -1,0 +1,80 @@
+"""Runs, as functions. A recipe's docstring states hardware, time and the number it must reach; the command line changes
+its values: `vlatune train pocket --num-steps 500`."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..policy.backbones.paligemma import PaliGemmaConfig, SiglipConfig
+from ..policy.config import PolicyConfig
+from ..policy.experts.gemma import GemmaExpertConfig
+from ..policy.layers.gemma import GemmaConfig
+from ..policy.objectives.flow import Flow
+from .config import AdamWConfig, TrainConfig
+
+
+def pocket() -> TrainConfig:
+    """The quickstart's: a 1 M-parameter policy from random weights on the pocket benchmark, two CPU cores."""
+    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 32, "depth": 3}
+    return TrainConfig(
+        cache=Path("cache"),
+        out=Path("runs/pocket"),
+        policy=PolicyConfig(
+            backbone=PaliGemmaConfig(
+                vision=SiglipConfig(
+                    image_px=64, patch_px=16, width=128, mlp_dim=256, depth=1, num_heads=4, stem="conv"
+                ),
+                text=GemmaConfig(width=128, mlp_dim=256, **heads),
+                state="token",
+                camera_embedding=True,
+            ),
+            expert=GemmaExpertConfig(gemma=GemmaConfig(width=96, mlp_dim=192, **heads)),
+            objective=Flow(num_draws=4),
+            horizon=16,
+        ),
+        optimizer=AdamWConfig(learning_rate=1e-3, num_warmup_steps=100, betas=(0.9, 0.99), weight_decay=1e-3),
+        num_steps=3000,
+        batch_size=64,
+        checkpoint_every=1000,
+        validate_every=500,
+        log_every=20,
+    )
+
+
+def tiny() -> TrainConfig:
+    """For tests: seconds on one core, learns nothing worth having."""
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "depth": 2}
+    return TrainConfig(
+        cache=Path("cache"),
+        out=Path("runs/tiny"),
+        policy=PolicyConfig(
+            backbone=PaliGemmaConfig(
+                vision=SiglipConfig(image_px=16, patch_px=8, width=16, mlp_dim=32, depth=1, num_heads=2, stem="conv"),
+                text=GemmaConfig(width=16, mlp_dim=32, **heads),
+                state="token",
+                camera_embedding=True,
+            ),
+            expert=GemmaExpertConfig(gemma=GemmaConfig(width=16, mlp_dim=32, **heads)),
+            objective=Flow(num_draws=2, num_sampling_steps=2),
+            horizon=4,
+        ),
+        optimizer=AdamWConfig(learning_rate=1e-3, num_warmup_steps=2),
+        num_steps=4,
+        batch_size=4,
+        checkpoint_every=2,
+        validate_every=2,
+        num_validation_batches=1,
+        log_every=1,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (pocket, tiny)}
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The recipe called `name`; ValueError with the nearest names if there is none."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no recipe {name!r}; {hint}There are: {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]()
