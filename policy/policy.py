@@ -20,6 +20,12 @@ class Policy(nn.Module):
         self.config = config
         self.embodiment = embodiment
         self.statistics = statistics
+        image_px = config.backbone.vision.image_px
+        if image_px != embodiment.image_rule.size_px:
+            raise ValueError(
+                f"the vision tower reads {image_px}-pixel images, but those of the cache have {embodiment.image_rule.size_px}; "
+                f"prepare with --image-px {image_px}"
+            )
         self.backbone = BACKBONES[type(config.backbone)](
             config.backbone,
             vocab_size=embodiment.vocab_size,

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from vlatune.data.batch import Observation, Prompts
 from vlatune.policy.backbones.paligemma import PaliGemma, PaliGemmaConfig, SiglipConfig
 from vlatune.policy.experts.gemma import GemmaExpert, GemmaExpertConfig

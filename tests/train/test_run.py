@@ -1,0 +1,125 @@
+"""Training for real: the deepspeed launcher, two ranks over gloo, checkpoints and an exact resume."""
+
+import csv
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from vlatune.data.episodes import DataError
+from vlatune.train.checkpoint import store_or_compare_config
+from vlatune.train.run import main
+
+LAUNCHER = pathlib.Path(sys.executable).with_name("deepspeed")
+
+
+def train(cache: pathlib.Path, out: pathlib.Path, *settings: str, num_ranks: int = 2) -> str:
+    """Run the tiny recipe through the launcher; returns what it printed."""
+    port = 20_000 + os.getpid() % 20_000  # test processes side by side must not meet
+    command = [
+        LAUNCHER,
+        "--num_accelerators",
+        str(num_ranks),
+        "--master_port",
+        str(port),
+        "--module",
+        "vlatune.train.run",
+    ]
+    command += ["tiny", "--cache", str(cache), "--out", str(out), *settings]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 0, output
+    return output
+
+
+def weights(run, step=4):
+    return load_file(run / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def rows(run):
+    return list(csv.DictReader((run / "metrics.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def straight(small_cache, tmp_path_factory):
+    """Four steps without a stop, on two ranks."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(small_cache.path, run)
+    return run
+
+
+def test_two_steps_and_two_more_equal_four(small_cache, straight, tmp_path):
+    resumed = tmp_path / "resumed"
+    train(small_cache.path, resumed, "--stop-at-step", "2")
+    assert not (resumed / "checkpoints" / "step_000004").exists()
+    assert "resuming" in train(small_cache.path, resumed)
+    expected, found = weights(straight), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+    numbers = [(row["step"], row["loss"], row["validation_loss"], row["grad_norm"]) for row in rows(straight)]
+    assert numbers == [(row["step"], row["loss"], row["validation_loss"], row["grad_norm"]) for row in rows(resumed)]
+    assert [row["step"] for row in rows(resumed)] == ["1", "2", "3", "4"]
+
+
+def test_a_half_written_checkpoint_is_never_resumed_from(small_cache, straight, tmp_path):
+    run = tmp_path / "killed"
+    shutil.copytree(straight, run)
+    (run / "checkpoints" / "step_000004" / "COMPLETE").unlink()
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / ".step_000003.partial")
+    # Step 2's trainer state was pruned when step 4 came, so the only start left is the beginning.
+    assert "resuming" not in train(small_cache.path, run)
+    expected, found = weights(straight), weights(run)
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_one_rank_accumulating_computes_what_two_ranks_do(small_cache, straight, tmp_path):
+    single = tmp_path / "single"
+    train(small_cache.path, single, "--num-accumulation-steps", "2", num_ranks=1)
+    # The same samples in the same order; micro-batches are normalised one by one, so this is close and not equal.
+    for row, other in zip(rows(straight), rows(single), strict=True):
+        assert float(row["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=0.2)
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=0.1)
+
+
+def test_the_run_folder_says_what_was_run(straight):
+    config = json.loads((straight / "config.json").read_text())
+    assert config["num_steps"] == 4
+    assert config["world_size"] == 2
+    assert config["resolved_precision"] == "fp32"
+    checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert checkpoints == ["step_000000", "step_000002", "step_000004"]
+    assert [path.parent.name for path in straight.glob("checkpoints/*/trainer")] == ["step_000004"]
+    untrained, trained = weights(straight, 0), weights(straight)
+    assert not untrained["expert.action_out_proj.weight"].equal(trained["expert.action_out_proj.weight"])
+    assert any((straight / "tensorboard").iterdir())
+
+
+def test_a_run_with_other_settings_is_not_overwritten(tmp_path):
+    store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 4}, "log_every": 1})
+    store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 4}, "log_every": 7})
+    with pytest.raises(DataError, match=r"other settings: policy\.horizon was 4, now 8\. Type --out"):
+        store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 8}, "log_every": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pocet"], "did you mean 'pocket'"),
+        (["tiny", "--batch-size", "3", "--num-accumulation-steps", "2"], "--batch-size 3 does not divide"),
+        (["tiny", "--cache", "nowhere"], "it is not a cache; make one with `vlatune prepare"),
+        (["tiny", "--policy.backbone.vision.image-px", "32"], "prepare with --image-px 32"),
+        (["tiny", "--num-steps", "0"], "num_steps is 0; it must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_written(small_cache, tmp_path, arguments, sentence):
+    cache = [] if "--cache" in arguments or arguments[0] != "tiny" else ["--cache", str(small_cache.path)]
+    out = ["--out", str(tmp_path / "run")] if arguments[0] == "tiny" else []
+    with pytest.raises((ValueError, DataError), match=sentence):
+        main([*arguments, *cache, *out])
+    assert not (tmp_path / "run").exists()
