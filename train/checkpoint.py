@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from ..data.episodes import DataError
-from ..policy.checkpoints.folder import COMPLETE, checkpoint_name, complete_checkpoints, write_policy
+from ..policy.checkpoints.folder import write_policy
+from ..policy.checkpoints.layout import COMPLETE, checkpoint_name, complete_checkpoints
 from ..policy.policy import Policy
 
 FREE_TO_CHANGE = {

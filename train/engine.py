@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Joins the process group. The scheduler is never prepared: Accelerate would step it once per rank."""
     on_gpu = torch.cuda.is_available()
+    # DeepSpeed 0.19 calls it by the name that torch 2.13 renamed; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     plugin = None

@@ -41,6 +41,34 @@ def pocket() -> TrainConfig:
     )
 
 
+def libero() -> TrainConfig:
+    """A 70 M-parameter policy from random weights on one LIBERO suite at 128 pixels; one GPU or more.
+
+    Not yet measured on a GPU: the row in BENCHMARKS.md is open."""
+    heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "depth": 8}
+    return TrainConfig(
+        cache=Path("cache"),
+        out=Path("runs/libero"),
+        policy=PolicyConfig(
+            backbone=PaliGemmaConfig(
+                vision=SiglipConfig(
+                    image_px=128, patch_px=16, width=512, mlp_dim=2048, depth=6, num_heads=8, stem="conv"
+                ),
+                text=GemmaConfig(width=512, mlp_dim=2048, **heads),
+                state="token",
+                camera_embedding=True,
+            ),
+            expert=GemmaExpertConfig(gemma=GemmaConfig(width=384, mlp_dim=1536, **heads)),
+            objective=Flow(num_draws=4),
+            horizon=16,
+        ),
+        optimizer=AdamWConfig(learning_rate=3e-4, num_warmup_steps=500, betas=(0.9, 0.95), weight_decay=1e-2),
+        num_steps=40_000,
+        batch_size=256,
+        checkpoint_every=5000,
+    )
+
+
 def tiny() -> TrainConfig:
     """For tests: seconds on one core, learns nothing worth having."""
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "depth": 2}
@@ -68,7 +96,7 @@ def tiny() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (pocket, tiny)}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (pocket, libero, tiny)}
 
 
 def load_recipe(name: str) -> TrainConfig:

@@ -4,7 +4,16 @@ from .card import RobotCard
 
 LIBERO_PANDA = RobotCard(
     name="libero_panda",
-    state_names=("eef_x_m", "eef_y_m", "eef_z_m", "eef_rx_rad", "eef_ry_rad", "eef_rz_rad", "finger_left_m", "finger_right_m"),
+    state_names=(
+        "eef_x_m",
+        "eef_y_m",
+        "eef_z_m",
+        "eef_rx_rad",
+        "eef_ry_rad",
+        "eef_rz_rad",
+        "finger_left_m",
+        "finger_right_m",
+    ),
     action_names=("dx", "dy", "dz", "drx", "dry", "drz", "gripper"),
     cameras=("agentview", "eye_in_hand"),
     control_hz=20.0,

@@ -60,7 +60,7 @@ class ConvStem(nn.Module):
         halvings = int(math.log2(patch_px))
         if 2**halvings != patch_px:
             raise ValueError(f"a convolutional stem needs patch_px to be a power of two, not {patch_px}")
-        widths = [3, *(max(16, width >> (halvings - 1 - i)) for i in range(halvings))]
+        widths = [3, *(max(width // 4, width >> (halvings - 1 - i)) for i in range(halvings))]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GELU(approximate="tanh")]
@@ -69,8 +69,7 @@ class ConvStem(nn.Module):
     @property
     def weight(self) -> Tensor:
         """SiglipVisionModel asks its patch embedding for a dtype."""
-        weight: Tensor = self.layers[0].weight
-        return weight
+        return next(self.parameters())
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.layers(pixels)
@@ -105,6 +104,10 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(GemmaBlock(config, adaptive=False) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
 
+    @property
+    def blocks(self) -> list[GemmaBlock]:
+        return [block for block in self.layers if isinstance(block, GemmaBlock)]
+
 
 class PaliGemma(nn.Module):
     """Observation -> `Prefix` of keys and values."""
@@ -138,14 +141,8 @@ class PaliGemma(nn.Module):
 
     def unread_parameters(self) -> list[nn.Parameter]:
         """Parameters that no output depends on: they are kept in checkpoints but not trained."""
-        last = self.language_model.layers[-1]
-        unread: list[nn.Module] = [
-            last.self_attn.q_proj,
-            last.self_attn.o_proj,
-            last.post_attention_layernorm,
-            last.mlp,
-        ]
-        return [parameter for module in (*unread, self.language_model.norm) for parameter in module.parameters()]
+        unread = (*self.language_model.blocks[-1].output_only_modules(), self.language_model.norm)
+        return [parameter for module in unread for parameter in module.parameters()]
 
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         """`state_BTS` is the normalised state; images are uint8 as `Observation` holds them, or floats already in [-1, 1]."""
@@ -160,9 +157,9 @@ class PaliGemma(nn.Module):
         angles = rotary_angles(positions_BP, self.config.text.head_dim)
         mask_B1PP = mask_BP[:, None, None, :].expand(-1, 1, mask_BP.shape[1], -1)
         layers_kv = []
-        *layers, last = self.language_model.layers
-        for layer in layers:
-            x_BPD, keys_values = layer(x_BPD, angles, mask_B1PP)
+        *blocks, last = self.language_model.blocks
+        for block in blocks:
+            x_BPD, keys_values = block(x_BPD, angles, mask_B1PP)
             layers_kv.append(keys_values)
         layers_kv.append(last.keys_values(x_BPD, angles))
         return Prefix(mask_BP=mask_BP, layers_kv=tuple(layers_kv), state_BTS=state_BTS)

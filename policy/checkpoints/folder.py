@@ -26,23 +26,10 @@ from ...data.language import Language
 from ...data.normalise import Statistics
 from ..config import Embodiment, PolicyConfig
 from ..policy import Policy
+from .layout import COMPLETE
 
 FORMAT_VERSION = 1
-COMPLETE = "COMPLETE"
 Config = TypeVar("Config")
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def complete_checkpoints(run: Path) -> dict[int, Path]:
-    """step -> folder, in order; a checkpoint that was not written to its end is not one."""
-    found = {
-        int(marker.parent.name.removeprefix("step_")): marker.parent
-        for marker in run.glob(f"checkpoints/step_*/{COMPLETE}")
-    }
-    return dict(sorted(found.items()))
 
 
 def write_policy(

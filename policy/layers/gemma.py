@@ -112,6 +112,10 @@ class GemmaBlock(nn.Module):
         """Only what a reader of this layer's cache needs: no queries, no output, no feed-forward."""
         return self.self_attn.keys_values(self.input_layernorm(x_BND)[0], angles)
 
+    def output_only_modules(self) -> tuple[nn.Module, ...]:
+        """What `keys_values` does without."""
+        return self.self_attn.q_proj, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp
+
 
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + branch if gate is None else x + branch * gate

@@ -12,7 +12,8 @@ from vlatune.data.batch import RawObservation
 from vlatune.data.episodes import DataError
 from vlatune.data.language import Language
 from vlatune.policy.acting import load_policy
-from vlatune.policy.checkpoints.folder import COMPLETE, complete_checkpoints, write_policy
+from vlatune.policy.checkpoints.folder import write_policy
+from vlatune.policy.checkpoints.layout import COMPLETE, complete_checkpoints
 
 INSTRUCTION = "pick up the red cube"
 

@@ -1,0 +1,170 @@
+"""Instructions as policies read them: token ids and, where a policy wants them, a text encoder's features.
+
+A `Language` is a tokenizer, an optional encoder and a table of the instructions that were known at prepare time. Its folder is
+part of the cache and is copied into every checkpoint; reading it needs neither pickle nor a network. New texts are
+tokenised as they come.
+
+Shape letters: B batch, L tokens, E encoder width.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Prompts
+from .episodes import DataError
+from .files import json_bytes, write_whole
+from .text_encoder import TextEncoder, build_encoder, load_encoder
+from .tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One text."""
+
+    ids_L: Tensor
+    """int64."""
+    embedding_LE: Tensor | None
+    """The encoder's output in its dtype; None where it has not been computed."""
+
+
+def check_available(tokenizer: str, encoder: str) -> None:
+    """Raises `DataError` if `Language.build` could not reach one of them; loads no encoder weights."""
+    build_encoder(encoder, tokenizer, build_tokenizer(tokenizer, ["a text"]).vocab_size)
+
+
+class Language:
+    """Tokenizer, encoder and the table of known texts."""
+
+    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder | None, table: Mapping[str, _Entry]) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._table = dict(table)
+        self.known_texts: tuple[str, ...] = tuple(table)
+
+    @classmethod
+    def build(cls, texts: Sequence[str], tokenizer: str = "trained", encoder: str = "seeded-t5") -> Self:
+        """Tokenise and encode the distinct `texts`; their order does not matter.
+
+        `tokenizer`: `trained` (sentencepiece, on these texts) or what AutoTokenizer loads by name or folder. `encoder`:
+        `seeded-t5` (small, random, recorded), `none`, or a T5 by name or folder. Raises `DataError` when a text is blank or
+        something cannot be reached."""
+        distinct = sorted(set(texts))
+        if not distinct or any(not text.strip() for text in distinct):
+            raise DataError("an instruction is blank (or there is none at all); every episode needs a text")
+        ids = build_tokenizer(tokenizer, distinct)
+        features = build_encoder(encoder, tokenizer, ids.vocab_size)
+        language = cls(ids, features, {})
+        return cls(ids, features, {text: language._new_entry(text, embedded=features is not None) for text in distinct})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON: what makes two languages give the same ids and features for any text."""
+        return {
+            "tokenizer": dict(self._tokenizer.identity),
+            "encoder": None if self._encoder is None else dict(self._encoder.identity),
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    @property
+    def embedding_width(self) -> int | None:
+        """E; None without an encoder."""
+        return None if self._encoder is None else self._encoder.width
+
+    def prompts(self, texts: Sequence[str], *, embeddings: bool = False, bucket: int = 8) -> Prompts:
+        """Tokenised `texts`, padded on the right to a multiple of `bucket` tokens.
+
+        Unknown texts are tokenised (and, with `embeddings`, encoded) on the spot. Raises `ValueError` without texts or
+        when `embeddings` are asked of a language without an encoder, and `DataError` when a text is blank, or its encoder
+        cannot be reached or rebuilt."""
+        if not texts or bucket < 1:
+            raise ValueError(f"{len(texts)} texts and a bucket of {bucket}; there must be at least one of each")
+        if embeddings and self._encoder is None:
+            raise ValueError(
+                "this language has no text encoder; prepare the cache again with --encoder seeded-t5 or a T5"
+            )
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        entries = [self._entry(text, embedded=embeddings) for text in rows]
+        longest = max(len(entry.ids_L) for entry in entries)
+        padded = -(-longest // bucket) * bucket
+        ids_RL = torch.zeros(len(rows), padded, dtype=torch.int64)  # R distinct texts
+        mask_RL = torch.zeros(len(rows), padded, dtype=torch.bool)
+        for row, entry in enumerate(entries):
+            ids_RL[row, : len(entry.ids_L)] = entry.ids_L
+            mask_RL[row, : len(entry.ids_L)] = True
+        row_B = torch.tensor([rows[text] for text in texts])
+        embedding_BLE = None
+        if embeddings:
+            embedding_RLE = torch.zeros(len(rows), padded, self.embedding_width or 0)
+            for row, entry in enumerate(entries):
+                assert entry.embedding_LE is not None  # _entry saw to it
+                embedding_RLE[row, : len(entry.ids_L)] = entry.embedding_LE.float()
+            embedding_BLE = embedding_RLE[row_B]
+        return Prompts(ids_BL=ids_RL[row_B], mask_BL=mask_RL[row_B], embedding_BLE=embedding_BLE)
+
+    def save(self, folder: Path) -> None:
+        """`language.json` (last), `table.safetensors` and the tokenizer's files. Equal languages give equal bytes."""
+        from safetensors.torch import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(folder)
+        known = [self._table[text] for text in self.known_texts]
+        tensors = {"ids": torch.cat([entry.ids_L for entry in known])}
+        if self._encoder is not None:
+            tensors["embeddings"] = torch.cat([e.embedding_LE for e in known if e.embedding_LE is not None])
+        write_whole(folder / "table.safetensors", save(tensors))
+        texts = [{"text": text, "num_tokens": len(self._table[text].ids_L)} for text in self.known_texts]
+        index = {"format_version": FORMAT_VERSION, "identity": self.identity, "texts": texts}
+        write_whole(folder / "language.json", json_bytes(index))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """What `save` wrote; raises `DataError` when it is missing or of another format version."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            index = json.loads((folder / "language.json").read_text())
+            tensors = load((folder / "table.safetensors").read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = Path(error.filename).name
+            raise DataError(f"there is no whole language in {folder} (no {missing}); copy the whole folder") from None
+        except (ValueError, SafetensorError) as error:
+            raise DataError(f"the language in {folder} is damaged ({error}); copy the whole folder again") from error
+        if index["format_version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has language format {index['format_version']}, this vlatune reads {FORMAT_VERSION}; prepare again"
+            )
+        identity = index["identity"]
+        lengths = [text["num_tokens"] for text in index["texts"]]
+        ids = torch.split(tensors["ids"], lengths)
+        features = torch.split(tensors["embeddings"], lengths) if "embeddings" in tensors else [None] * len(lengths)
+        table = {
+            text["text"]: _Entry(ids_L=ids_L, embedding_LE=embedding_LE)
+            for text, ids_L, embedding_LE in zip(index["texts"], ids, features, strict=True)
+        }
+        return cls(load_tokenizer(identity["tokenizer"], folder), load_encoder(identity["encoder"]), table)
+
+    def _entry(self, text: str, *, embedded: bool) -> _Entry:
+        entry = self._table.get(text)
+        if entry is None or (embedded and entry.embedding_LE is None):
+            entry = self._table[text] = self._new_entry(text, embedded=embedded)
+        return entry
+
+    def _new_entry(self, text: str, *, embedded: bool) -> _Entry:
+        if not text.strip():
+            raise DataError("an instruction is blank; give a text")
+        ids = self._tokenizer.encode(text)
+        embedding_LE = self._encoder.encode(ids) if embedded and self._encoder is not None else None
+        return _Entry(ids_L=torch.from_numpy(np.array(ids, np.int64)), embedding_LE=embedding_LE)

@@ -1,0 +1,166 @@
+"""``vlatune prepare DEMOS --out CACHE``: demonstrations in, cache out (`cache.py` has the layout).
+
+Torch, pandas and pyarrow are imported where the work begins: `--help` answers at once.
+"""
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from .episodes import DataError, EpisodeSource
+from .images import ImageRule, Orientation
+from .sources.libero_hdf5 import LiberoHdf5Source, ObservationTiming
+
+if TYPE_CHECKING:
+    from .cache_writer import CacheWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Demonstrations in LIBERO's HDF5 format -> a cache that training reads. Killed, it continues where it was."""
+
+    demos: Annotated[Path, tyro.conf.Positional]
+    """An HDF5 file, or a folder with some (searched recursively)."""
+    out: Path
+    """The cache to make. An equal one that is there is left as it is; a different one is refused."""
+    image_px: int = 64
+    """Side of the square images, in pixels."""
+    orientation: Orientation = "rot180"
+    """How stored images are turned: rot180 (as openpi and OpenVLA train on LIBERO), flipud or raw."""
+    background: tuple[int, int, int] = (0, 0, 0)
+    """Colour (red, green, blue) that pads images that are not square."""
+    validation_share: float = 0.1
+    """Share of each task's episodes kept out of training (at least one where a task has two)."""
+    tokenizer: str = "trained"
+    """`trained` (sentencepiece, on these instructions) or the name or folder of a public one."""
+    encoder: str = "seeded-t5"
+    """Text encoder whose output is stored per instruction: `seeded-t5` (small, random, recorded), `none`, or the name or
+    folder of a T5 (with its own tokenizer)."""
+    observation_timing: ObservationTiming = "auto"
+    """Whether the files recorded observations before or after their actions; `auto` asks the files."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
+
+    @property
+    def image_rule(self) -> ImageRule:
+        return ImageRule(orientation=self.orientation, size_px=self.image_px, background=self.background)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that shapes the cache besides the demonstrations, as JSON."""
+        return {
+            "image_px": self.image_px,
+            "orientation": self.orientation,
+            "background": list(self.background),
+            "validation_share": self.validation_share,
+            "tokenizer": self.tokenizer,
+            "encoder": self.encoder,
+            "observation_timing": self.observation_timing,
+        }
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Make the cache, or leave an equal one as it is; returns its path. Raises `DataError` in one sentence."""
+    from .cache_writer import CacheWriter
+    from .language import Language, check_available
+
+    image_rule = config.image_rule
+    source = LiberoHdf5Source(config.demos, observation_timing=config.observation_timing)
+    fingerprint = source.fingerprint()
+    if config.out.exists():
+        _check_equal(config, source)
+        return config.out
+    check_available(config.tokenizer, config.encoder)
+    try:
+        with CacheWriter(
+            config.out,
+            source=fingerprint,
+            settings=config.settings,
+            robot=source.robot,
+            image_rule=image_rule,
+        ) as writer:
+            _append_episodes(source, writer)
+            episodes = writer.written
+            splits = split_episodes([e.task for e in episodes], [e.source for e in episodes], config.validation_share)
+            writer.finish(splits, Language.build([e.instruction for e in episodes], config.tokenizer, config.encoder))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"the disk of {config.out} is full; free some space and run the same command again: it continues"
+        ) from error
+    return config.out
+
+
+def split_episodes(tasks: Sequence[str], keys: Sequence[str], validation_share: float) -> list[str]:
+    """ "train" or "validation" for each episode: per task, the share whose keys hash lowest. Depends on nothing else."""
+    splits = ["train"] * len(keys)
+    for task in sorted(set(tasks)):
+        of_task = [k for k, its_task in enumerate(tasks) if its_task == task]
+        of_task.sort(key=lambda k: hashlib.sha256(keys[k].encode()).digest())
+        wanted = max(round(validation_share * len(of_task)), 1 if validation_share > 0 else 0)
+        for k in of_task[: min(wanted, len(of_task) - 1)]:
+            splits[k] = "validation"
+    return splits
+
+
+def _append_episodes(source: EpisodeSource, writer: "CacheWriter") -> None:
+    keys = source.keys()
+    done = len(writer.written)
+    if [episode.source for episode in writer.written] != list(keys[:done]):
+        raise DataError("the unfinished cache has other episodes than the demonstrations; delete it and run this again")
+    with tqdm(keys, desc="prepare", unit="episode", initial=done, total=len(keys)) as progress:
+        num_frames = 0
+        for key in keys[done:]:
+            episode = source.read(key)
+            writer.append(episode)
+            num_frames += len(episode.actions_NA)
+            progress.set_postfix_str(f"{num_frames} frames", refresh=False)
+            progress.update()
+
+
+def _check_equal(config: PrepareConfig, source: EpisodeSource) -> None:
+    """Refuse what is at `config.out` unless it is the cache that would be made."""
+    from .cache import Cache, read_manifest, unfinished_path
+    from .cache_writer import differences
+
+    if not (config.out / "manifest.json").is_file():
+        raise DataError(f"{config.out} is there already and is not a cache; give another --out")
+    manifest = read_manifest(config.out)
+    changes = differences(manifest.source, manifest.settings, source.fingerprint(), config.settings)
+    if changes:
+        raise DataError(
+            f"the cache {config.out} was made from something else ({changes}); delete it (rm -r {config.out}) or give another "
+            "--out"
+        )
+    Cache.open(config.out)  # sizes
+    shutil.rmtree(unfinished_path(config.out), ignore_errors=True)  # a kill between renaming and cleaning up
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = tyro.cli(PrepareConfig, args=argv, prog="vlatune prepare")
+    from .cache import Cache
+
+    there = config.out.exists()
+    try:
+        cache = Cache.open(prepare(config))
+    except (DataError, ValueError) as error:
+        raise SystemExit(f"vlatune prepare: {error}") from None
+    manifest = cache.manifest
+    print(
+        f"{'left as it is' if there else 'made'}: {config.out}: {manifest.num_frames} frames, {manifest.num_episodes} episodes "
+        f"({manifest.num_validation_episodes} for validation), {manifest.num_tasks} tasks"
+    )
+
+
+if __name__ == "__main__":
+    main()

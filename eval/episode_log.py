@@ -1,0 +1,86 @@
+"""Appending to `episodes.csv` so that a kill at any moment loses no finished row and leaves none half-written."""
+
+import csv
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from ..data.episodes import DataError
+from .results import FILE_NAME, EpisodeKey, EpisodeRow, check_columns, header
+
+
+class EpisodeLog:
+    """The `episodes.csv` of one folder, held by one process.
+
+    On opening, a last line torn by a kill is cut off and rows of outcome `error` are taken out, so that those episodes are
+    run again. Each `append` is one write, flushed to the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens or creates it. Raises `DataError` if another process holds it or if its rows are not this version's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE_NAME
+        self._lock = (folder / ".episodes.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise DataError(
+                f"another sweep is writing {self.path}; wait for it, or give this one another --out"
+            ) from None
+        rows = _read_rows(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row.outcome != "error"]
+        self.rows: dict[EpisodeKey, EpisodeRow] = {row.key: row for row in kept}
+        temporary = self.path.with_suffix(".csv.partial")
+        with temporary.open("w", newline="") as file:
+            file.writelines([header(), *(row.to_line() for row in self.rows.values())])
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, row: EpisodeRow) -> None:
+        """Raises `DataError` if the row does not fit on the disk; what was there stays whole."""
+        if row.key in self.rows:
+            raise ValueError(f"{self.path} already has the row of {row.key}")
+        line = row.to_line().encode()
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                raise OSError("the disk is full")
+            os.fsync(self._file)
+        except OSError as problem:
+            os.ftruncate(self._file, size)
+            raise DataError(
+                f"could not write to {self.path}: {problem}; its {len(self.rows)} rows are kept"
+            ) from problem
+        self.rows[row.key] = row
+
+    def close(self) -> None:
+        os.close(self._file)
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_rows(path: Path) -> list[EpisodeRow]:
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1].decode()
+    if not whole:
+        return []
+    lines = list(csv.reader(whole.splitlines()))
+    check_columns(lines[0], path)
+    rows = []
+    for number, cells in enumerate(lines[1:], start=2):
+        try:
+            rows.append(EpisodeRow.from_cells(cells))
+        except (ValueError, KeyError) as problem:
+            raise DataError(
+                f"line {number} of {path} is damaged ({problem}); delete that line and start again"
+            ) from None
+    return rows

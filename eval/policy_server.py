@@ -1,0 +1,71 @@
+"""One policy answering many simulators: every forward at one batch size, every row's noise from its episode's key."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..data.raw_observation import RawObservation
+from .results import EpisodeKey
+
+
+class PolicyUnderTest(Protocol):
+    """What evaluation needs of a policy; `policy.acting.ActingPolicy` has it."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def observation_offsets(self) -> tuple[int, ...]: ...
+    @property
+    def horizon(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def num_sampling_steps(self) -> int: ...
+    @property
+    def sampling(self) -> Mapping[str, Any]: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def robot(self) -> str: ...
+    @property
+    def device(self) -> Any: ...
+
+    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One decision that an episode waits for."""
+
+    key: EpisodeKey
+    decision: int
+    raw: RawObservation
+
+
+def noise_for(key: EpisodeKey, decision: int, horizon: int, action_dim: int) -> np.ndarray:
+    """(H, A) standard normal float32: a function of the episode's key and the decision's index alone."""
+    seed = [*np.frombuffer(key.digest(), np.uint32).tolist(), decision]
+    return np.random.default_rng(seed).standard_normal((horizon, action_dim), dtype=np.float32)
+
+
+class PolicyServer:
+    """A policy behind one fixed batch size: the last bits of a matrix product change with the batch size, and contacts
+    amplify them, so a short batch is padded instead."""
+
+    def __init__(self, policy: PolicyUnderTest, batch_size: int) -> None:
+        self.policy = policy
+        self.batch_size = batch_size
+
+    def answer(self, questions: Sequence[Question]) -> np.ndarray:
+        """(n, H, A) float32 for n <= `batch_size` questions, in one forward."""
+        policy, spare = self.policy, self.batch_size - len(questions)
+        noise_BHA = np.zeros((self.batch_size, policy.horizon, policy.action_dim), np.float32)
+        for row_HA, question in zip(noise_BHA, questions, strict=False):
+            row_HA[:] = noise_for(question.key, question.decision, policy.horizon, policy.action_dim)
+        observations = [question.raw for question in questions]
+        chunk_BHA = policy.act(observations + spare * observations[-1:], noise_BHA)
+        if chunk_BHA.shape != noise_BHA.shape:
+            raise ValueError(f"the policy returned actions of shape {chunk_BHA.shape} instead of {noise_BHA.shape}")
+        return chunk_BHA[: len(questions)]

@@ -1,0 +1,218 @@
+import filecmp
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlatune.data.episodes import DataError
+from vlatune.data.language import Language, check_available
+from vlatune.data.text_encoder import SeededT5, SeededT5Config
+from vlatune.data.tokenizer import TrainedTokenizer
+
+TEXTS = ("put the red cube on the plate", "put the blue cube on the plate", "open the drawer")
+
+
+@pytest.fixture(scope="module")
+def language() -> Language:
+    return Language.build(TEXTS)
+
+
+def test_words_of_the_instructions_are_single_tokens_and_texts_differ(language):
+    prompts = language.prompts(TEXTS)
+    assert prompts.ids_BL.dtype == torch.int64
+    assert prompts.mask_BL.dtype == torch.bool
+    assert prompts.mask_BL.sum(1).tolist() == [8, 8, 4]  # the words and the end
+    assert (prompts.ids_BL[0] != prompts.ids_BL[1]).sum() == 1
+    assert language.prompts(TEXTS).embedding_BLE is None
+    assert int(prompts.ids_BL.max()) < language.vocab_size
+
+
+@pytest.mark.parametrize(("bucket", "padded"), [(1, 8), (8, 8), (5, 10), (48, 48)])
+def test_padding_on_the_right_to_a_multiple_of_the_bucket(language, bucket, padded):
+    prompts = language.prompts([TEXTS[2], TEXTS[0], TEXTS[2]], embeddings=True, bucket=bucket)
+    assert prompts.ids_BL.shape == (3, padded)
+    assert prompts.embedding_BLE is not None
+    assert prompts.embedding_BLE.shape == (3, padded, language.embedding_width)
+    assert prompts.mask_BL[:, 0].all()
+    assert (prompts.mask_BL.int().diff(dim=1) <= 0).all()
+    assert (prompts.ids_BL[~prompts.mask_BL] == 0).all()
+    assert (prompts.embedding_BLE[~prompts.mask_BL] == 0).all()
+    assert torch.equal(prompts.ids_BL[0], prompts.ids_BL[2])
+
+
+def test_embeddings_are_the_t5s_for_the_same_tokens_alone(language):
+    prompts = language.prompts(TEXTS, embeddings=True)
+    assert prompts.embedding_BLE is not None
+    encoder = SeededT5(SeededT5Config(vocab_size=language.vocab_size))
+    for ids_L, mask_L, embedding_LE in zip(prompts.ids_BL, prompts.mask_BL, prompts.embedding_BLE, strict=True):
+        torch.testing.assert_close(embedding_LE[mask_L], encoder.encode(ids_L[mask_L].tolist()), rtol=0, atol=0)
+    assert (prompts.embedding_BLE[0] - prompts.embedding_BLE[1]).abs().max() > 0.1
+
+
+def test_order_and_repetition_of_the_texts_do_not_matter(language):
+    other = Language.build([*reversed(TEXTS), TEXTS[0]])
+    assert other.identity == language.identity
+    assert other.known_texts == language.known_texts == tuple(sorted(TEXTS))
+    one, two = language.prompts(TEXTS, embeddings=True), other.prompts(TEXTS, embeddings=True)
+    assert torch.equal(one.ids_BL, two.ids_BL)
+    assert torch.equal(one.embedding_BLE, two.embedding_BLE)
+
+
+def test_a_trained_tokenizer_has_the_same_bytes_whatever_the_order():
+    one, two = TrainedTokenizer.train(TEXTS), TrainedTokenizer.train([*reversed(TEXTS), *[TEXTS[0]] * 9])
+    assert one.identity == two.identity
+    assert one.identity != TrainedTokenizer.train(TEXTS[:2]).identity
+
+
+def test_building_does_not_touch_torchs_random_state():
+    state = torch.random.get_rng_state()
+    Language.build(TEXTS[:1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_saved_and_loaded_it_is_the_same_and_small(language, tmp_path):
+    language.save(tmp_path / "one")
+    loaded = Language.load(tmp_path / "one")
+    assert (loaded.identity, loaded.known_texts) == (language.identity, language.known_texts)
+    assert (loaded.vocab_size, loaded.embedding_width) == (language.vocab_size, language.embedding_width)
+    texts = [*TEXTS, "put the drawer on the ☃"]
+    before, after = language.prompts(texts, embeddings=True), loaded.prompts(texts, embeddings=True)
+    assert torch.equal(before.ids_BL, after.ids_BL)
+    assert torch.equal(before.embedding_BLE, after.embedding_BLE)
+
+    loaded.save(tmp_path / "two")  # the text that came later is not part of it
+    same = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", [p.name for p in (tmp_path / "one").iterdir()], False)
+    assert len(same[0]) == 3
+    assert not same[1]
+    assert not same[2]
+    assert sum(p.stat().st_size for p in (tmp_path / "one").iterdir()) < 40_000
+
+
+def test_loading_needs_no_encoder_for_known_texts(language, tmp_path, monkeypatch):
+    language.save(tmp_path)
+    monkeypatch.setattr(SeededT5, "_model", property(lambda self: pytest.fail("the encoder was built")))
+    Language.load(tmp_path).prompts(TEXTS, embeddings=True)
+
+
+def test_an_unknown_text_falls_back_to_letters_and_bytes(language):
+    prompts = language.prompts(["Zürich ☃"], embeddings=True)
+    assert 8 < int(prompts.mask_BL.sum()) < 30
+    assert not (prompts.ids_BL[prompts.mask_BL] == 2).any()  # nothing is unknown
+    assert prompts.embedding_BLE is not None
+    assert prompts.embedding_BLE.isfinite().all()
+
+
+def test_an_encoder_that_comes_out_differently_refuses_new_texts(language, tmp_path):
+    language.save(tmp_path)
+    index = tmp_path / "language.json"
+    sha256 = language.identity["encoder"]["weights_sha256"]
+    index.write_text(index.read_text().replace(sha256, "0" * 64))
+    loaded = Language.load(tmp_path)
+    loaded.prompts(TEXTS, embeddings=True)
+    loaded.prompts(["a new text"])
+    with pytest.raises(DataError, match="draws other weights for the seeded text encoder"):
+        loaded.prompts(["a new text"], embeddings=True)
+
+
+def test_without_an_encoder_there_are_ids_only(tmp_path):
+    Language.build(TEXTS, encoder="none").save(tmp_path)
+    loaded = Language.load(tmp_path)
+    assert loaded.embedding_width is None
+    assert loaded.prompts(TEXTS).mask_BL.any()
+    with pytest.raises(ValueError, match="this language has no text encoder; prepare the cache again with --encoder"):
+        loaded.prompts(TEXTS, embeddings=True)
+
+
+@pytest.mark.parametrize("texts", [[], [" "], ["fine", ""]])
+def test_blank_instructions_are_refused(texts):
+    with pytest.raises(DataError, match="an instruction is blank"):
+        Language.build(texts, encoder="none")
+
+
+def test_blank_and_missing_prompts_are_refused(language):
+    with pytest.raises(DataError, match="an instruction is blank"):
+        language.prompts([""])
+    with pytest.raises(ValueError, match="0 texts and a bucket of 8"):
+        language.prompts([])
+
+
+def test_missing_damaged_and_foreign_folders(language, tmp_path):
+    with pytest.raises(DataError, match=r"no whole language in .*\(no language.json\)"):
+        Language.load(tmp_path / "nowhere")
+    language.save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"tokenizer\.model was altered"):
+        Language.load(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=r"lacks tokenizer\.model"):
+        Language.load(tmp_path)
+    (tmp_path / "table.safetensors").write_bytes(b"12345678")
+    with pytest.raises(DataError, match="is damaged"):
+        Language.load(tmp_path)
+    language.save(tmp_path)
+    index = tmp_path / "language.json"
+    index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(DataError, match="has language format 99, this vlatune reads 1"):
+        Language.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def public_t5(tmp_path_factory) -> Path:
+    """A folder as the hub has them: a tokenizer of transformers' own and a tiny T5."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    for word in " ".join(TEXTS).split():
+        vocabulary.setdefault(word, len(vocabulary))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    T5EncoderModel(
+        T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_public_tokenizer_and_t5_by_folder(public_t5, tmp_path):
+    check_available(str(public_t5), str(public_t5))
+    language = Language.build(TEXTS, tokenizer=str(public_t5), encoder=str(public_t5))
+    assert language.identity["encoder"]["dtype"] == "bfloat16"
+    assert "model.safetensors" in language.identity["encoder"]["files"]
+    assert "tokenizer.json" in language.identity["tokenizer"]["files"]
+    assert language.embedding_width == 16
+    language.save(tmp_path)
+    loaded = Language.load(tmp_path)
+    texts = [*TEXTS, "open the plate"]
+    before, after = language.prompts(texts, embeddings=True), loaded.prompts(texts, embeddings=True)
+    assert before.mask_BL.sum(1).tolist() == [8, 8, 4, 4]
+    assert before.embedding_BLE.dtype == torch.float32
+    assert torch.equal(before.ids_BL, after.ids_BL)
+    assert torch.equal(before.embedding_BLE, after.embedding_BLE)
+
+
+def test_an_encoder_reads_its_own_tokens_only(public_t5):
+    with pytest.raises(DataError, match="reads its own tokens, not those of tokenizer 'trained'; add --tokenizer"):
+        check_available("trained", str(public_t5))
+
+
+def test_an_encoder_that_is_not_a_t5(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match="is a bert; give a T5"):
+        from vlatune.data.text_encoder import PretrainedT5
+
+        PretrainedT5.from_name(str(tmp_path))
+
+
+def test_unreachable_names_are_one_sentence(tmp_path):
+    empty = str(tmp_path)
+    with pytest.raises(DataError, match="no tokenizer .* can be loaded .*or --tokenizer trained"):
+        Language.build(TEXTS, tokenizer=empty, encoder="none")
+    from vlatune.data.text_encoder import PretrainedT5
+
+    with pytest.raises(DataError, match="the text encoder .* cannot be loaded .*or --encoder seeded-t5"):
+        PretrainedT5.from_name(empty)

@@ -1,0 +1,93 @@
+"""A policy that sees the dots, reads the instruction and trembles: the less, the more `skill` its checkpoint has."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from fake_point_world import COLOURS, PX
+
+
+class FakePolicy:
+    cameras = ("agentview",)
+    observation_offsets = (0,)
+    horizon = 10
+    action_dim = 7
+    num_sampling_steps = 4
+    robot = "libero_panda"
+    device = "cpu"
+
+    def __init__(self, skill: float, weights_hash: str, delay_s: float = 0.0):
+        self.skill, self.weights_hash, self.delay_s = skill, weights_hash, delay_s
+        self.batch_sizes: list[int] = []
+        self.cameras_seen: set[str] = set()
+
+    @property
+    def sampling(self):
+        return {"solver": "euler", "num_sampling_steps": self.num_sampling_steps}
+
+    def act(self, observations, noise_BHA):
+        self.batch_sizes.append(len(observations))
+        time.sleep(self.delay_s)
+        chunks = []
+        for raw, noise_HA in zip(observations, noise_BHA, strict=True):
+            self.cameras_seen |= set(raw.images)
+            image = raw.images["agentview"][0]
+            channel = next(k for k, colour in enumerate(COLOURS) if colour in raw.instruction)
+            seen = np.argwhere(image[:, :, channel])
+            target = seen[0] / (PX - 1) * 2 - 1 if len(seen) else np.zeros(2)
+            way = target - raw.state_TS[0, :2]
+            chunk_HA = np.zeros((self.horizon, 7), np.float32)
+            left = way.copy()
+            for action_A in chunk_HA:
+                action_A[:2] = np.clip(left / 0.1, -1, 1)
+                left -= 0.1 * action_A[:2]
+            chunk_HA[:, :2] = self.skill * chunk_HA[:, :2] + (1 - self.skill) * noise_HA[:, :2]
+            chunks.append(chunk_HA)
+        return np.stack(chunks)
+
+
+def load_policy(path: Path, device: str = "auto") -> FakePolicy:
+    return FakePolicy(**json.loads((Path(path) / "fake.json").read_text()))
+
+
+def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path:
+    """A run folder with a checkpoint of each skill, and a loss curve."""
+    run.mkdir(parents=True)
+    for step, skill in skills.items():
+        folder = run / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        config = {"skill": skill, "weights_hash": f"{run.name}-{step}", "delay_s": delay_s}
+        (folder / "fake.json").write_text(json.dumps(config))
+        (folder / "COMPLETE").touch()
+    lines = ["step,loss,validation_loss,grad_norm,learning_rate,samples_per_s,data_wait_share,elapsed_s"]
+    for step in range(0, max(skills, default=0) + 1, 10):
+        lines.append(f"{step},{1 / (1 + step / 50):.4f},{'' if step % 50 else 0.5},1.0,0.001,900,0.01,{step * 0.3:.1f}")
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (run / "config.json").write_text(json.dumps({"recipe": "fake", "seed": 0}))
+    return run
+
+
+def main() -> None:
+    """A sweep of fakes as a process of its own, to be killed: fake_policy.py RUN TROUBLE."""
+    from functools import partial
+
+    import fake_point_world
+
+    from vlatune.eval.sweep import SweepConfig, sweep
+
+    config = SweepConfig(
+        runs=(Path(sys.argv[1]),),
+        selection_episodes=4,
+        report_episodes=5,
+        controls=True,
+        videos=0,
+        num_workers=2,
+        batch_size=2,
+    )
+    sweep(config, make_benchmark=partial(fake_point_world.make, Path(sys.argv[2])), load_policy=load_policy)
+
+
+if __name__ == "__main__":
+    main()
