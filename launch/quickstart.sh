@@ -9,13 +9,14 @@ venv=${VLATUNE_VENV:-$repo/.venv}
 work=${VLATUNE_WORK:-$repo/runs/quickstart}
 cores=$(env -u OMP_NUM_THREADS nproc) # which otherwise answers with that variable
 
-episodes_per_task=60     # demonstrations
+episodes_per_task=75     # demonstrations
+noise=0.3                # on what the expert executes, in action units: it then shows how it recovers
 image_px=64              # side of the images that the policy sees
 recipe=pocket            # train/recipes.py
-num_steps=3000           # optimizer steps
-checkpoint_every=1000    # steps
-selection_episodes=10    # per task and checkpoint: they choose the checkpoint
-report_episodes=25       # per task, on other init states: they judge it, and its controls
+num_steps=2400           # optimizer steps
+checkpoint_every=600     # steps
+selection_episodes=6     # per task and checkpoint: they choose the checkpoint
+report_episodes=15       # per task, on other init states: they judge it, and its controls
 
 stages=()
 current=
@@ -53,7 +54,7 @@ train() {
 stage install bash launch/install.sh
 export PATH="$venv/bin:$PATH"
 stage check vlatune check
-stage collect vlatune collect --benchmark pocket --suite pocket --episodes "$episodes_per_task" --out "$work/demos"
+stage collect vlatune collect --benchmark pocket --suite pocket --episodes "$episodes_per_task" --noise "$noise" --out "$work/demos"
 stage prepare vlatune prepare "$work/demos" --out "$work/cache" --image-px "$image_px"
 stage train train
 stage sweep vlatune sweep "$work/run" --controls \

@@ -33,9 +33,9 @@ def pocket() -> TrainConfig:
             horizon=16,
         ),
         optimizer=AdamWConfig(learning_rate=1e-3, num_warmup_steps=100, betas=(0.9, 0.99), weight_decay=1e-3),
-        num_steps=3000,
+        num_steps=2400,
         batch_size=64,
-        checkpoint_every=1000,
+        checkpoint_every=600,
         validate_every=500,
         log_every=20,
     )

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 KNOWN = ("egl", "osmesa", "glx", "glfw")
+GPU_DEVICE = Path("/dev/nvidiactl")
 
 
 class RendererError(Exception):
@@ -39,8 +40,7 @@ def choose_renderer() -> str:
 
 
 def _default() -> str:
-    has_gpu = Path("/dev/nvidiactl").exists() and _find("EGL") is not None
-    return "egl" if has_gpu else "osmesa"
+    return "egl" if GPU_DEVICE.exists() and _find("EGL") else "osmesa"
 
 
 def _find(library: str) -> str | None:

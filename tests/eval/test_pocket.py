@@ -108,7 +108,7 @@ def test_a_used_environment_equals_a_fresh_one(used):
     fresh = make()
     for init_state, seed in ((3, 11), (5, 12)):
         pair = [environment.reset(init_state, seed) for environment in (used, fresh)]
-        np.random.seed(999)  # noqa: NPY002  (the generator that robosuite draws from)
+        np.random.seed(999)
         for k, action_A in enumerate(actions):
             pair = [environment.step(action_A, render=k % 7 == 6) for environment in (used, fresh)]
             assert np.array_equal(used.mujoco_state(), fresh.mujoco_state()), f"step {k}"
