@@ -1,6 +1,9 @@
-"""What a machine lacks is said where a test skips: LIBERO's assets, a CUDA device."""
+"""What a machine lacks is said where a test skips (LIBERO's assets, a CUDA device); and a cache for several rooms' tests."""
 
 import pytest
+
+if TYPE_CHECKING:
+    from vlatune.data.cache import Cache
 
 from vlatune.launch.check import check_libero_assets
 
@@ -26,3 +29,17 @@ def without_gpu() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "needs a CUDA device"
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> "Cache":
+    """A finished cache of two tasks, 16-pixel images, with embeddings. Shared: do not write to it."""
+    from small_demonstrations import write_demos
+
+    from vlatune.data.cache import Cache
+    from vlatune.data.prepare import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("small")
+    write_demos(folder / "demos" / "pick_up_the_red_cube_demo.hdf5", (7, 5, 9), seed=1)
+    write_demos(folder / "demos" / "pick_up_the_blue_cube_demo.hdf5", (6, 4, 8), seed=2)
+    return Cache.open(prepare(PrepareConfig(demos=folder / "demos", out=folder / "cache", image_px=16)))

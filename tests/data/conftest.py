@@ -1,77 +1,24 @@
-"""Demonstrations in LIBERO's HDF5 layout (robot part and images), written with plain h5py."""
+"""Demonstrations for the data room's tests."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
-
-from vlatune.data.cache import Cache
-from vlatune.data.prepare import PrepareConfig, prepare
+import small_demonstrations
 
 WriteDemos = Callable[..., Path]
 
 
-def _write_demos(
-    path: Path,
-    lengths: tuple[int, ...] = (7, 5, 9),
-    *,
-    image_px: int = 16,
-    seed: int = 0,
-    attributes: dict[str, str] | None = None,
-) -> Path:
-    """One task's file. Frame j of demo i has i in every pixel's red and j in its green; its state and action hold j too."""
-    random = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        data.attrs["problem_info"] = json.dumps({"language_instruction": "never read this"})
-        data.attrs["macros_image_convention"] = "opengl"
-        for name, value in ({"observation_timing": "before_action"} if attributes is None else attributes).items():
-            data.attrs[name] = value
-        for i, length in enumerate(lengths):
-            demo = data.create_group(f"demo_{i}")
-            demo.attrs["num_samples"] = length
-            actions = random.uniform(-1, 1, (length, 7))
-            actions[:, 0] = np.arange(length) / 1000
-            demo["actions"] = actions
-            demo["states"] = random.normal(size=(length, 20))
-            demo["robot_states"] = random.normal(size=(length, 9))
-            demo["rewards"] = demo["dones"] = np.eye(1, length, length - 1, dtype=np.uint8)[0]
-            obs = demo.create_group("obs")
-            obs["ee_pos"] = np.stack([np.arange(length) / 1000] * 3, axis=1)
-            obs["ee_ori"] = random.normal(size=(length, 3))
-            obs["ee_states"] = np.concatenate([obs["ee_pos"], obs["ee_ori"]], axis=1)
-            obs["gripper_states"] = random.uniform(0, 0.04, (length, 2))
-            obs["joint_states"] = random.normal(size=(length, 7))
-            for camera in ("agentview_rgb", "eye_in_hand_rgb"):
-                pictures = random.integers(0, 256, (length, image_px, image_px, 3), dtype=np.uint8)
-                pictures[..., 0], pictures[..., 1] = i, np.arange(length)[:, None, None]
-                obs[camera] = pictures
-    return path
-
-
 @pytest.fixture(scope="session")
 def write_demos() -> WriteDemos:
-    """`write_demos(path, lengths, ...)`: see above."""
-    return _write_demos
+    """`write_demos(path, lengths, ...)`."""
+    return small_demonstrations.write_demos
 
 
 @pytest.fixture
 def demos(tmp_path: Path) -> Path:
     """A folder with two tasks, of 3 and 2 demonstrations; 16-pixel images."""
     folder = tmp_path / "demos"
-    _write_demos(folder / "pick_up_the_red_cube_demo.hdf5", (7, 5, 9), seed=1)
-    _write_demos(folder / "pick_up_the_blue_cube_demo.hdf5", (6, 4), seed=2)
+    small_demonstrations.write_demos(folder / "pick_up_the_red_cube_demo.hdf5", (7, 5, 9), seed=1)
+    small_demonstrations.write_demos(folder / "pick_up_the_blue_cube_demo.hdf5", (6, 4), seed=2)
     return folder
-
-
-@pytest.fixture(scope="session")
-def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """A finished cache of two tasks, 16-pixel images, with embeddings. Shared: do not write to it."""
-    folder = tmp_path_factory.mktemp("small")
-    _write_demos(folder / "demos" / "pick_up_the_red_cube_demo.hdf5", (7, 5, 9), seed=1)
-    _write_demos(folder / "demos" / "pick_up_the_blue_cube_demo.hdf5", (6, 4, 8), seed=2)
-    return Cache.open(prepare(PrepareConfig(demos=folder / "demos", out=folder / "cache", image_px=16)))

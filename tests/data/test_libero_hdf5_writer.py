@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vlatune.data.sources.libero_hdf5 import LiberoHdf5
+from vlatune.data.sources.libero_hdf5 import LiberoHdf5Source
 from vlatune.data.sources.libero_hdf5_writer import Demo, merge_demos, replacing, write_demo
 
 
@@ -22,7 +22,8 @@ def demo(num_steps: int = 5, seed: int = 0, executed: bool = False) -> Demo:
         ee_quat=random.normal(size=(num_steps, 4)),
         ee_ori=random.normal(size=(num_steps, 3)),
         images={
-            name: random.integers(0, 256, (num_steps, 16, 16, 3), dtype=np.uint8) for name in ("agentview", "eye_in_hand")
+            name: random.integers(0, 256, (num_steps, 16, 16, 3), dtype=np.uint8)
+            for name in ("agentview", "eye_in_hand")
         },
         model_file="<mujoco/>",
         init_state_index=1000 + seed,
@@ -82,7 +83,7 @@ def test_executed_actions_are_kept_where_they_differ(tmp_path):
 def test_the_reader_reads_it(tmp_path):
     written = demo(6)
     merge_demos(tmp_path / "put_it_there_demo.hdf5", [part(tmp_path / ".part", written)], {})
-    source = LiberoHdf5(tmp_path)
+    source = LiberoHdf5Source(tmp_path)
     (key,) = source.keys()
     episode = source.read(key)
     assert (episode.task, episode.instruction) == ("put_it_there", "put it there")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 from vlatune.data.episodes import DataError
@@ -127,14 +128,23 @@ def test_killed_and_started_again_it_gives_the_same(collected, tmp_path):
     while not list(out.glob(f".parts/{RED_ON_PLATE}/*.hdf5")):
         assert time.monotonic() < deadline and process.poll() is None, "no episode was finished before the kill"
         time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob(f".parts/{RED_ON_PLATE}/*.hdf5")}
-    assert kept and not (out / f"{RED_ON_PLATE}_demo.hdf5").exists()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert children and not alive, "workers outlived their parent"
+    assert not (out / f"{RED_ON_PLATE}_demo.hdf5").exists()
+    first = min(out.glob(f".parts/{RED_ON_PLATE}/*.hdf5"))
+    with h5py.File(first, "r+") as file:
+        file["data/demo_0"].attrs["survived"] = 1
     (out / ".parts" / RED_ON_PLATE / ".1002.hdf5.1.tmp").write_text("half an episode")
 
     collect(Collect(out=out, tasks=(RED_ON_PLATE,), episodes=3, image_px=32, workers=1))
     assert [path.name for path in out.iterdir()] == [f"{RED_ON_PLATE}_demo.hdf5"]
+    with h5py.File(out / f"{RED_ON_PLATE}_demo.hdf5", "r+") as file:
+        (survivor,) = [group for group in file["data"].values() if "survived" in group.attrs]
+        assert survivor.attrs["init_state_index"] == int(first.stem)
+        del survivor.attrs["survived"]
     assert_same(out / f"{RED_ON_PLATE}_demo.hdf5", collected / f"{RED_ON_PLATE}_demo.hdf5")
 
 

@@ -1,6 +1,7 @@
 """Training for real: the deepspeed launcher, two ranks over gloo, checkpoints and an exact resume."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from vlatune.data.episodes import DataError
 from vlatune.train.checkpoint import store_or_compare_config
+from vlatune.train.recipes import load_recipe
 from vlatune.train.run import main
 
 LAUNCHER = pathlib.Path(sys.executable).with_name("deepspeed")
@@ -107,6 +109,11 @@ def test_a_run_with_other_settings_is_not_overwritten(tmp_path):
         store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 8}, "log_every": 1})
 
 
+def test_a_run_without_steps_is_refused():
+    with pytest.raises(ValueError, match="num_steps is 0; it must be at least 1"):
+        dataclasses.replace(load_recipe("tiny"), num_steps=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -114,7 +121,6 @@ def test_a_run_with_other_settings_is_not_overwritten(tmp_path):
         (["tiny", "--batch-size", "3", "--num-accumulation-steps", "2"], "--batch-size 3 does not divide"),
         (["tiny", "--cache", "nowhere"], "it is not a cache; make one with `vlatune prepare"),
         (["tiny", "--policy.backbone.vision.image-px", "32"], "prepare with --image-px 32"),
-        (["tiny", "--num-steps", "0"], "num_steps is 0; it must be at least 1"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_written(small_cache, tmp_path, arguments, sentence):
