@@ -1,5 +1,7 @@
 """What a machine lacks is said where a test skips (LIBERO's assets, a CUDA device); and a cache for several rooms' tests."""
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 if TYPE_CHECKING:
