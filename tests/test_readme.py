@@ -1,0 +1,77 @@
+"""README says what is true: its tree names every module, its Python runs, its commands exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from small_episodes import row
+
+from vlatune.eval.results import header
+from vlatune.launch.cli import COMMANDS
+from vlatune.train.recipes import RECIPES
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ROOMS = ("data", "policy", "train", "eval", "launch", "ds_configs")
+
+
+def tree_paths() -> set[str]:
+    """The files of README's tree, by their paths: folders are lines that end in a slash, two spaces deeper each."""
+    block = re.search(r"```\n(data/ .*?)```", README, re.DOTALL)
+    assert block is not None
+    folders: list[str] = []
+    found = set()
+    for line in block[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            found |= {
+                "".join(folders) + part.strip()
+                for part in re.split(r", | {2,}", line.strip())
+                if "." in part.split()[0] and " " not in part
+            }
+    return found
+
+
+def test_the_tree_names_every_module():
+    modules = {
+        str(path.relative_to(ROOT))
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.suffix in (".py", ".sh") and path.name != "__init__.py"
+    }
+    assert modules - tree_paths() == set(), "not in README's tree"
+    assert {path for path in tree_paths() if not (ROOT / path).exists()} == set(), "in README's tree but not there"
+
+
+def test_the_python_runs(tmp_path):
+    rows = [
+        row(split="report", outcome=outcome, success=outcome == "success", init_state=25 + k)
+        for k, outcome in enumerate(["success", "success", "failure"])
+    ]
+    folder = tmp_path / "runs" / "quickstart" / "run" / "evaluation"
+    folder.mkdir(parents=True)
+    (folder / "episodes.csv").write_text(header() + "".join(each.to_line() for each in rows))
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        finished = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert "0.666667" in finished.stdout
+
+
+@pytest.mark.parametrize("command", re.findall(r"^vlatune (\w+)", README, re.MULTILINE))
+def test_the_commands_exist(command):
+    assert command in COMMANDS
+
+
+@pytest.mark.parametrize("recipe", re.findall(r"vlatune\.train\.run (\w+)", README))
+def test_the_recipes_exist(recipe):
+    assert recipe in RECIPES
