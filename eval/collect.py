@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -123,6 +124,13 @@ def collect(config: Collect) -> None:
                     tally = Tally(bar=bar)
                     for task in missing:
                         _collect_task(config, task, pool, tally)
+                except BrokenProcessPool as error:
+                    from .workers import SimulatorError
+
+                    raise SimulatorError(
+                        f"a simulator process was killed (out of memory? {workers} of them ran); type the same again, "
+                        "with fewer --workers: what is finished is kept"
+                    ) from error
                 except BaseException:  # Ctrl-C too: drop what has not begun, or leaving the block would wait for it
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise

@@ -25,16 +25,13 @@ def tree_paths() -> set[str]:
     found = set()
     for line in block[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
+        name = line.split()[0].rstrip(",")
         folders = folders[:depth]
         if name.endswith("/"):
             folders.append(name)
         else:
-            found |= {
-                "".join(folders) + part.strip()
-                for part in re.split(r", | {2,}", line.strip())
-                if "." in part.split()[0] and " " not in part
-            }
+            names = re.split(" {2,}", line.strip())[0].split(", ")
+            found |= {"".join(folders) + name for name in names if "/" not in name}
     return found
 
 

@@ -5,7 +5,7 @@ error. The model is built once (a hard reset costs seconds); what robosuite 1.4.
 next is put back, and tests compare a used environment with a fresh one bit by bit:
     fixtures are placed by the global numpy generator and are not part of the state: it is seeded before each reset;
     the gripper keeps its last command: it gets its first value;
-    colours that show a state (a stove that is on) live in the model: they get their first values;
+    colours that show a state (a stove that is on) live in the model: LIBERO's post-processing sets them, before settling;
     past its horizon `step` raises: there is no horizon, the rollout counts steps.
 """
 
@@ -80,8 +80,6 @@ class LiberoEnvironment:
             self.domain.add_observable(
                 Observable(name=f"{name}_image", sensor=self._camera(camera), sampling_rate=self.robot.control_hz)
             )
-        model = self.domain.sim.model
-        self._first_colours = (model.site_rgba.copy(), model.geom_rgba.copy())
         self._progress = Progress(self.domain)
 
     def reset(self, init_state: int, seed: int) -> SimObservation:
@@ -90,7 +88,6 @@ class LiberoEnvironment:
         domain = self.domain
         domain.seed(seed)
         self._want_images = False
-        domain.sim.model.site_rgba[:], domain.sim.model.geom_rgba[:] = self._first_colours
         for _ in range(PLACEMENT_TRIES):
             try:
                 domain.reset()

@@ -11,8 +11,10 @@ import io
 import logging
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
+from ...data.files import write_whole
 from .libero_paths import AssetsError, libero_folder, require_assets
 from .renderer import choose_renderer
 
@@ -20,9 +22,11 @@ from .renderer import choose_renderer
 def _write_config() -> None:
     """LIBERO's `config.yaml`, outside anybody's home directory; renamed into place, as workers start together."""
     folder = libero_folder()
-    default = Path(tempfile.gettempdir()) / f"vlatune-libero-{os.getuid()}"
-    config = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", str(default)))
-    config.mkdir(parents=True, exist_ok=True)
+    ours = f"vlatune-libero-{os.getuid()}-{zlib.crc32(str(folder).encode()):08x}"
+    config = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", str(Path(tempfile.gettempdir()) / ours)))
+    target = config / "config.yaml"
+    if target.exists():
+        return
     places = {
         "benchmark_root": folder,
         "bddl_files": folder / "bddl_files",
@@ -30,13 +34,8 @@ def _write_config() -> None:
         "datasets": folder.parent / "datasets",
         "assets": folder / "assets",
     }
-    text = "".join(f"{key}: {path}\n" for key, path in places.items())
-    target = config / "config.yaml"
-    if target.exists() and (target.read_text() == text or config != default):
-        return  # a configuration that the user chose is the user's
-    with tempfile.NamedTemporaryFile("w", dir=config, suffix=".tmp", delete=False) as temporary:
-        temporary.write(text)
-    Path(temporary.name).replace(target)
+    config.mkdir(parents=True, exist_ok=True)
+    write_whole(target, "".join(f"{key}: {path}\n" for key, path in places.items()).encode())
 
 
 choose_renderer()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vlatune.eval.benchmarks.benchmark import NoExpert
 from vlatune.eval.benchmarks.renderer import RendererError
 from vlatune.eval.collect import Collect, collect, main
 from vlatune.eval.record import Job, record_episode
+from vlatune.eval.workers import SimulatorError
 
 RED_ON_PLATE = "pick_up_the_red_cube_and_put_it_on_the_yellow_plate"
 BLUE_ON_TRAY = "pick_up_the_blue_cube_and_put_it_on_the_green_tray"
@@ -221,6 +223,16 @@ def test_a_hopeless_task_is_given_up(tmp_path, monkeypatch):
         (folder / f"{k}.failed").write_text("dropped")
     with pytest.raises(DataError, match="0 succeeded, and --episodes asks for 1; give less --noise"):
         collect(Collect(out=tmp_path, tasks=(RED_ON_PLATE,), episodes=1, noise=1.0, workers=1))
+
+
+@pytest.mark.sim
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool("a process in the pool was terminated abruptly")
+
+    monkeypatch.setattr(collect_module, "_collect_task", killed)
+    with pytest.raises(SimulatorError, match="with fewer --workers: what is finished is kept"):
+        collect(Collect(out=tmp_path))
 
 
 def test_help_shows_the_fields_docstrings(capsys):
