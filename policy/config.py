@@ -24,7 +24,9 @@ class PolicyConfig:
     horizon: int = 10
     """Steps of an action chunk."""
     state_normalisation: NormalisationMode = "quantile"
+    """How proprioception is scaled: by mean and deviation, 1 % to 99 % quantiles onto [-1, 1], extremes onto [-1, 1], or not."""
     action_normalisation: NormalisationMode = "quantile"
+    """The same for actions."""
     observation_offsets: tuple[int, ...] = (0,)
     """Which observations a decision reads, in control steps relative to now."""
 

@@ -26,6 +26,11 @@ class Policy(nn.Module):
                 f"the vision tower reads {image_px}-pixel images, but those of the cache have {embodiment.image_rule.size_px}; "
                 f"prepare with --image-px {image_px}"
             )
+        if config.backbone.kv_shape != config.expert.kv_shape:
+            raise ValueError(
+                f"the backbone writes keys and values of (layers, heads, head_dim) {config.backbone.kv_shape}, the expert reads "
+                f"{config.expert.kv_shape}; give policy.expert.gemma the depth, num_kv_heads and head_dim of policy.backbone.text"
+            )
         self.backbone = BACKBONES[type(config.backbone)](
             config.backbone,
             vocab_size=embodiment.vocab_size,

@@ -16,10 +16,13 @@ class AdamWConfig:
     final_learning_rate: float = 0.0
     """At the last step. A rate that never falls leaves a policy that hovers and never commits."""
     num_warmup_steps: int = 1000
+    """Linear, from zero to the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the gradient's running mean and square."""
     weight_decay: float = 1e-4
     """On matrices; norms, biases and embeddings are not decayed."""
     gradient_clip_norm: float = 1.0
+    """Longest gradient, over all parameters; longer ones are scaled down to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,11 @@ class TrainConfig:
     validate_every: int = 1000
     """Optimizer steps between losses on the cache's validation episodes."""
     num_validation_batches: int = 8
+    """Batches that a validation loss is the mean of."""
     log_every: int = 10
     """Optimizer steps between rows of metrics.csv."""
     seed: int = 0
+    """Of initial weights, sample order and noise."""
 
     def __post_init__(self) -> None:
         for name in (

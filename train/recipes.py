@@ -14,7 +14,9 @@ from .config import AdamWConfig, TrainConfig
 
 
 def pocket() -> TrainConfig:
-    """The quickstart's: a 1 M-parameter policy from random weights on the pocket benchmark, two CPU cores."""
+    """The quickstart's: a 1 M-parameter policy from random weights on the pocket benchmark, two CPU cores.
+
+    About ten minutes; must succeed in 80 % of the reported episodes or more after `vlatune collect --episodes 75 --noise 0.3`."""
     heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 32, "depth": 3}
     return TrainConfig(
         cache=Path("cache"),
@@ -36,7 +38,7 @@ def pocket() -> TrainConfig:
         num_steps=2400,
         batch_size=64,
         checkpoint_every=600,
-        validate_every=500,
+        validate_every=300,
         log_every=20,
     )
 

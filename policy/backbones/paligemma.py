@@ -26,12 +26,17 @@ class SiglipConfig:
     """Sizes of the vision tower."""
 
     image_px: int = 224
+    """Side of the square images; the cache's must be the same."""
     patch_px: int = 14
     """Side of one image token's patch."""
     width: int = 1152
+    """Features of an image token."""
     mlp_dim: int = 4304
+    """Hidden features of the feed-forward."""
     depth: int = 27
+    """Layers."""
     num_heads: int = 16
+    """Attention heads."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: SigLIP's one linear patch embedding, or strided 3 x 3 convolutions, which learn from far
     fewer images when nothing is pretrained."""
@@ -50,6 +55,11 @@ class PaliGemmaConfig:
     """Whether proprioception enters the prefix, as one linear token."""
     camera_embedding: bool = False
     """A learned vector per camera; public checkpoints have none."""
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """The cache of keys and values that it writes."""
+        return self.text.kv_shape
 
 
 class ConvStem(nn.Module):

@@ -3,7 +3,7 @@
 All action tokens see the prefix and one another. The noise level enters through adaptive norms.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,7 +22,12 @@ class GemmaExpertConfig:
     """An expert of the same depth and head shape as its backbone's prefix, of any width."""
 
     type: Literal["gemma"] = "gemma"
-    gemma: GemmaConfig = field(default_factory=lambda: GEMMA_300M)
+    gemma: GemmaConfig = GEMMA_300M
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """The cache of keys and values that it can read."""
+        return self.gemma.kv_shape
 
 
 class GemmaExpert(nn.Module):
@@ -43,13 +48,6 @@ class GemmaExpert(nn.Module):
         self.action_out_proj = nn.Linear(width, action_dim)
 
     def bind(self, prefix: Prefix) -> "BoundGemmaExpert":
-        """Raises ValueError if the prefix has no keys and values for every layer."""
-        if prefix.layers_kv is None or len(prefix.layers_kv) != len(self.layers):
-            found = 0 if prefix.layers_kv is None else len(prefix.layers_kv)
-            raise ValueError(
-                f"this expert has {len(self.layers)} layers and reads as many layers of keys and values, but its backbone "
-                f"gives {found}; set expert.gemma.depth to the backbone's depth"
-            )
         return BoundGemmaExpert(self, prefix)
 
     def forward(self, x_BHA: Tensor, noise_level_B: Tensor, prefix: Prefix) -> Tensor:

@@ -24,12 +24,28 @@ class GemmaConfig:
     """Sizes of one Gemma-style transformer."""
 
     width: int
+    """Features of a token."""
     depth: int
     """Layers."""
     mlp_dim: int
+    """Hidden features of the feed-forward."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
     head_dim: int
+    """Features of a head."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}"
+            )
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(layers, key and value heads, features of a head): what a cache of keys and values looks like."""
+        return self.depth, self.num_kv_heads, self.head_dim
 
 
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)

@@ -122,3 +122,11 @@ def test_images_of_another_size_than_the_tower_reads_are_refused():
     embodiment = dataclasses.replace(policy.embodiment, image_rule=ImageRule(size_px=32))
     with pytest.raises(ValueError, match="prepare with --image-px 16"):
         Policy(policy.config, embodiment, policy.statistics)
+
+
+def test_an_expert_that_cannot_read_the_backbones_cache_is_refused():
+    policy = make_policy()
+    gemma = dataclasses.replace(policy.config.expert.gemma, depth=3)
+    config = dataclasses.replace(policy.config, expert=dataclasses.replace(policy.config.expert, gemma=gemma))
+    with pytest.raises(ValueError, match=r"writes keys and values .* \(2, 1, 8\), the expert reads \(3, 1, 8\)"):
+        Policy(config, policy.embodiment, policy.statistics)
