@@ -64,8 +64,8 @@ class Environment(Protocol):
         """Seed, reset, set the init state, settle; rendered. The episode depends on these arguments alone."""
 
     def step(self, action_A: np.ndarray, *, render: bool) -> SimObservation:
-        """One control step. With `render` the images are those that robosuite samples at the step's first physics substep,
-        bit-identical to rendering at every step."""
+        """One control step. With `render` the images are those that robosuite samples within the step (with the other
+        observables, at its last physics substep but one), bit-identical to rendering at every step."""
 
     def mujoco_state(self) -> np.ndarray:
         """Flattened simulator state (time, positions, velocities)."""

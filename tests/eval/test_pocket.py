@@ -4,14 +4,13 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from vlatune.eval.benchmarks import load_benchmark
 from vlatune.eval.benchmarks.benchmark import EpisodeProtocol, NoExpert, SimObservation
-from vlatune.eval.rollout import EpisodeOutcome, roll_out
 
 POCKET = load_benchmark("pocket")
 TASKS = POCKET.suites()["pocket"]
@@ -36,16 +35,20 @@ def used():
     environment.close()
 
 
-def act(environment, init_state: int, decide, max_steps: int = PROTOCOL.max_steps) -> EpisodeOutcome:
-    """`decide(step, observation) -> action`, no pictures but those of every tenth step."""
-    steps = count()
+class Outcome(NamedTuple):
+    success: bool
+    failure_mode: str
+    num_steps: int
 
-    def chunk(_decision, _raw, observation):
-        return np.stack([decide(next(steps), observation)])
 
-    return roll_out(
-        environment, chunk, init_state=init_state, seed=init_state, max_steps=max_steps, num_executed_steps=1
-    )
+def act(environment, init_state: int, decide, max_steps: int = PROTOCOL.max_steps) -> Outcome:
+    """An episode of `decide(step, observation) -> action`, without pictures."""
+    seen = environment.reset(init_state, seed=init_state)
+    step = 0
+    while step < max_steps and not seen.success:
+        seen = environment.step(decide(step, seen), render=False)
+        step += 1
+    return Outcome(seen.success, environment.failure_mode(), step)
 
 
 def test_four_instructions_that_differ_in_cube_and_target():
@@ -290,7 +293,7 @@ def test_grasping_without_looking_fails():
                 cube = seen.low_dim["robot0_eef_pos"] if closed[0] else middle
                 return expert.act(replace(seen, low_dim={**seen.low_dim, f"{expert.cube}_pos": cube}))
 
-            successes += act(environment, k, blind).success
+            successes += act(environment, k, blind, max_steps=100).success
             tries += 1
         environment.close()
     assert successes / tries < 0.15
@@ -322,7 +325,7 @@ def test_failures_have_names():
 
     for decide in (never_reached, missed_grasp, wrong_object, dropped, timeout):
         outcome = act(environment, 0, decide, max_steps=60)
-        assert (outcome.success, outcome.failure_mode) == (False, decide.__name__)
+        assert outcome == (False, decide.__name__, 60)
     outcome = act(environment, 0, lambda _, seen: expert.act(seen))
     assert (outcome.success, outcome.failure_mode) == (True, "")
     environment.close()

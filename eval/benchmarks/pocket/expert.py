@@ -11,7 +11,7 @@ GAIN = 1.3
 TURN_GAIN = 0.5
 HELD_WIDTH_M = 0.046
 """Fingers nearer to each other than this, the cube between them, hold it."""
-REACH_M = 0.018
+REACH_M = 0.028
 """The cube's centre within this of the grip site is between the fingers."""
 CLOSE_M = 0.028
 """Fingers start to close this far above the cube's centre: they need five steps to get there, and so lose none."""
@@ -46,7 +46,7 @@ class PickAndPlace:
         height_m = cube[2] - target[2]
         if off_target_m < CENTRED_M and height_m < RELEASE_M:
             move, grip = np.array([*to_target[:2], PLACE_M - height_m]), -1.0
-        elif width_m < HELD_WIDTH_M and np.linalg.norm(to_cube) < REACH_M + 0.01:
+        elif width_m < HELD_WIDTH_M and np.linalg.norm(to_cube) < REACH_M:
             wanted = PLACE_M + (TRAVEL_M - PLACE_M) * np.clip((off_target_m - 0.02) / 0.06, 0.0, 1.0)
             # Up first: until it is clear of everything, the cube moves sideways only as far as it has risen.
             sideways = 1.0 if off_target_m < 0.05 else np.clip((height_m - 0.03) / 0.04, 0.0, 1.0)

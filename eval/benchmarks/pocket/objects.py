@@ -15,7 +15,8 @@ ASSETS = Path(__file__).parent / "assets"
 class Cube(BoxObject):
     """A free cube that rubber fingers hold firmly; 32 g."""
 
-    rgba: tuple[float, float, float, float]
+    category: str
+    colour: tuple[float, float, float, float]
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -30,9 +31,6 @@ class Cube(BoxObject):
         self.rotation = (0.0, 0.0)
         self.rotation_axis = "z"
         self.object_properties: dict[str, dict] = {"vis_site_names": {}}
-
-    category: str
-    colour: tuple[float, float, float, float]
 
 
 @register_object
