@@ -15,8 +15,8 @@ image_px=64              # side of the images that the policy sees
 recipe=pocket            # train/recipes.py
 num_steps=2400           # optimizer steps
 checkpoint_every=600     # steps
-selection_episodes=6     # per task and checkpoint: they choose the checkpoint
-report_episodes=15       # per task, on other init states: they judge it, and its controls
+selection_episodes=10    # per task and checkpoint: they choose the checkpoint
+report_episodes=25       # per task, on other init states: they judge it, and its controls
 
 stages=()
 current=
@@ -47,7 +47,7 @@ train() {
     # One thread a rank: left to itself each would take every core.
     launcher=(env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 "${launcher[@]}" --num_accelerators "$((cores < 2 ? 1 : 2))")
   fi
-  "${launcher[@]}" --module vlatune.train.run "$recipe" --cache "$work/cache" --out "$work/run" \
+  "${launcher[@]}" --module vlatune.train.run "$recipe" --cache "$work/cache" --out "$work/pocket" \
     --num-steps "$num_steps" --checkpoint-every "$checkpoint_every"
 }
 
@@ -57,10 +57,10 @@ stage check vlatune check
 stage collect vlatune collect --benchmark pocket --suite pocket --episodes "$episodes_per_task" --noise "$noise" --out "$work/demos"
 stage prepare vlatune prepare "$work/demos" --out "$work/cache" --image-px "$image_px"
 stage train train
-stage sweep vlatune sweep "$work/run" --controls \
+stage sweep vlatune sweep "$work/pocket" --controls \
   --selection-episodes "$selection_episodes" --report-episodes "$report_episodes"
-stage report vlatune report "$work/run"
+stage report vlatune report "$work/pocket"
 
 printf '\n%s\n' "== done in $SECONDS s"
 printf '  %s\n' "${stages[@]}"
-echo "report: $work/run/evaluation/report/index.html"
+echo "report: $work/pocket/evaluation/report/index.html"

@@ -51,7 +51,7 @@ def test_the_python_runs(tmp_path):
         row(split="report", outcome=outcome, success=outcome == "success", init_state=25 + k)
         for k, outcome in enumerate(["success", "success", "failure"])
     ]
-    folder = tmp_path / "runs" / "quickstart" / "run" / "evaluation"
+    folder = tmp_path / "runs" / "quickstart" / "pocket" / "evaluation"
     folder.mkdir(parents=True)
     (folder / "episodes.csv").write_text(header() + "".join(each.to_line() for each in rows))
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
