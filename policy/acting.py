@@ -69,7 +69,7 @@ class ActingPolicy:
             image_mask=dict.fromkeys(self.cameras, everywhere),
             state_BTS=torch.from_numpy(np.stack([raw.state_TS for raw in observations])),
             prompts=self.language.prompts(
-                [raw.instruction for raw in observations], embeddings=self.policy.config.backbone.language == "encoder"
+                [raw.instruction for raw in observations], embeddings=self.policy.config.backbone.reads_embeddings
             ),
         )
 

@@ -75,22 +75,27 @@ def newest_resumable(run: Path) -> tuple[int, Path] | None:
     return resumable[-1] if resumable else None
 
 
-def store_or_compare_config(run: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved config of a new run; of a run that exists, refuse one that would compute something else.
+def store_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved config of a new run; an existing one stays as it is."""
+    path = run / "config.json"
+    if path.exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    temporary.replace(path)
 
-    Raises DataError that names the first field that differs."""
+
+def refuse_other_settings(run: Path, config: Mapping[str, Any]) -> None:
+    """Raises DataError, naming what differs, if `run` holds a run that computes something else."""
     path = run / "config.json"
     if not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config, indent=1) + "\n")
-        temporary.replace(path)
         return
-    stored = json.loads(path.read_text())
-    differing = list(_differences(stored, json.loads(json.dumps(config)), ""))
+    differing = _differences(json.loads(path.read_text()), json.loads(json.dumps(config)), "")
     if differing:
         raise DataError(
-            f"{run} holds a run with other settings: {'; '.join(differing[:3])}. Type --out with a new folder, or the old values to resume"
+            f"{run} holds a run with other settings: {'; '.join(differing[:3])}. "
+            "Type --out with a new folder, or the old values to resume"
         )
 
 

@@ -18,6 +18,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process's place among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def resolve_precision(config: TrainConfig) -> str:
     """`bf16` or `fp32`."""
     if config.precision != "auto":
@@ -64,3 +69,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # Accelerate does not choose gloo by itself under DeepSpeed: every rank would believe to be alone.
         kwargs_handlers=None if on_gpu or plugin is None else [InitProcessGroupKwargs(backend="gloo")],
     )
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, config: TrainConfig) -> torch.Tensor | float:
+    """Call after `backward`. The gradient's norm before clipping, left on the device; 0 within an accumulation.
+
+    DeepSpeed has clipped, and stepped, inside `backward`; Accelerate's own call would only read the norm, at the price of
+    a host synchronisation a step."""
+    if not accelerator.sync_gradients:
+        return 0.0
+    if config.engine == "plain":
+        norm: torch.Tensor = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip_norm)
+    else:
+        norm = model.get_global_grad_norm()  # type: ignore[operator]
+    return norm

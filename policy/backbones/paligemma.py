@@ -57,6 +57,11 @@ class PaliGemmaConfig:
     """A learned vector per camera; public checkpoints have none."""
 
     @property
+    def reads_embeddings(self) -> bool:
+        """Whether prompts must carry the text encoder's features."""
+        return self.language == "encoder"
+
+    @property
     def kv_shape(self) -> tuple[int, int, int]:
         """The cache of keys and values that it writes."""
         return self.text.kv_shape
@@ -138,7 +143,7 @@ class PaliGemma(nn.Module):
         self.vision_tower = make_vision_tower(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.width, width)
         self.language_model = LanguageModel(config.text, vocab_size if config.language == "tokens" else None)
-        if config.language == "encoder":
+        if config.reads_embeddings:
             if encoder_width is None:
                 raise ValueError(
                     "backbone.language is 'encoder' but the cache holds no text embeddings; prepare it with --encoder"
@@ -197,7 +202,7 @@ class PaliGemma(nn.Module):
 
     def _language_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         prompts = observation.prompts
-        if self.config.language == "encoder":
+        if self.config.reads_embeddings:
             if prompts.embedding_BLE is None:
                 raise ValueError("this policy reads cached text embeddings, but the batch has only token ids")
             return self.language_projector(

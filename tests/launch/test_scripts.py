@@ -215,7 +215,7 @@ def test_quickstart_runs_the_pipeline_in_order(machine, quickstart):
     table = run.stdout[run.stdout.index("== done") :]
     for stage in ("install", "check", "collect", "prepare", "train", "sweep", "report"):
         assert f"\n  {stage} " in table
-    assert run.stdout.endswith("work/run/evaluation/report/index.html\n")
+    assert run.stdout.endswith("work/pocket/evaluation/report/index.html\n")
 
 
 def test_quickstart_speaks_the_commands_options(machine, quickstart):

@@ -11,11 +11,15 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from small_demonstrations import write_demos
 
+from vlatune.data.cache import Cache
 from vlatune.data.episodes import DataError
-from vlatune.train.checkpoint import store_or_compare_config
+from vlatune.data.loader import LoaderConfig
+from vlatune.data.prepare import PrepareConfig, prepare
+from vlatune.train.checkpoint import refuse_other_settings, store_config
 from vlatune.train.recipes import load_recipe
-from vlatune.train.run import main
+from vlatune.train.run import main, make_validation_loader
 
 LAUNCHER = pathlib.Path(sys.executable).with_name("deepspeed")
 
@@ -102,11 +106,22 @@ def test_the_run_folder_says_what_was_run(straight):
     assert any((straight / "tensorboard").iterdir())
 
 
+def test_few_validation_episodes_make_a_smaller_batch_and_none_make_none(small_cache, tmp_path):
+    config = LoaderConfig(batch_size=1000, horizon=4, cameras=("agentview",))
+    loader = make_validation_loader(small_cache, config)
+    assert loader.config.batch_size == loader.num_samples > 0
+    write_demos(tmp_path / "pick_up_the_red_cube_demo.hdf5")
+    without = prepare(PrepareConfig(demos=tmp_path, out=tmp_path / "cache", image_px=16, validation_share=0.0))
+    assert make_validation_loader(Cache.open(without), config) is None
+
+
 def test_a_run_with_other_settings_is_not_overwritten(tmp_path):
-    store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 4}, "log_every": 1})
-    store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 4}, "log_every": 7})
+    old = {"seed": 0, "policy": {"horizon": 4}, "log_every": 1}
+    refuse_other_settings(tmp_path, old)
+    store_config(tmp_path, old)
+    refuse_other_settings(tmp_path, {**old, "log_every": 7})
     with pytest.raises(DataError, match=r"other settings: policy\.horizon was 4, now 8\. Type --out"):
-        store_or_compare_config(tmp_path, {"seed": 0, "policy": {"horizon": 8}, "log_every": 1})
+        refuse_other_settings(tmp_path, {**old, "policy": {"horizon": 8}})
 
 
 def test_a_run_without_steps_is_refused():
