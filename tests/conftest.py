@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vlatune.launch.check import check_libero_assets
+
 if TYPE_CHECKING:
     from vlatune.data.cache import Cache
-
-from vlatune.launch.check import check_libero_assets
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` has left out what is not asked for: then torch need not be imported

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_demonstrations import write_demos
 
@@ -17,6 +18,7 @@ from vlatune.data.cache import Cache
 from vlatune.data.episodes import DataError
 from vlatune.data.loader import LoaderConfig
 from vlatune.data.prepare import PrepareConfig, prepare
+from vlatune.policy.acting import load_policy
 from vlatune.train.checkpoint import refuse_other_settings, store_config
 from vlatune.train.recipes import load_recipe
 from vlatune.train.run import main, make_validation_loader
@@ -91,6 +93,23 @@ def test_one_rank_accumulating_computes_what_two_ranks_do(small_cache, straight,
     for row, other in zip(rows(straight), rows(single), strict=True):
         assert float(row["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=0.2)
         assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=0.1)
+
+
+def test_without_deepspeed_one_process_computes_what_two_zero2_ranks_do(small_cache, straight, tmp_path):
+    command = [sys.executable, "-m", "vlatune.train.run", "tiny", "--cache", small_cache.path, "--out", tmp_path / "plain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, command), "--engine", "plain"], env=environment, check=True, timeout=300)
+    for row, other in zip(rows(straight), rows(tmp_path / "plain"), strict=True):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert float(row["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-4)
+
+
+def test_bf16_stays_near_float32(small_cache, straight, tmp_path):
+    train(small_cache.path, tmp_path / "bf16", "--precision", "bf16")
+    for row, other in zip(rows(straight), rows(tmp_path / "bf16"), strict=True):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=0.03)
+    assert weights(tmp_path / "bf16")["expert.action_out_proj.weight"].dtype == torch.bfloat16
+    assert load_policy(tmp_path / "bf16" / "checkpoints" / "step_000004", device="cpu").weights_hash
 
 
 def test_the_run_folder_says_what_was_run(straight):
