@@ -96,7 +96,16 @@ def test_one_rank_accumulating_computes_what_two_ranks_do(small_cache, straight,
 
 
 def test_without_deepspeed_one_process_computes_what_two_zero2_ranks_do(small_cache, straight, tmp_path):
-    command = [sys.executable, "-m", "vlatune.train.run", "tiny", "--cache", small_cache.path, "--out", tmp_path / "plain"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlatune.train.run",
+        "tiny",
+        "--cache",
+        small_cache.path,
+        "--out",
+        tmp_path / "plain",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*map(str, command), "--engine", "plain"], env=environment, check=True, timeout=300)
     for row, other in zip(rows(straight), rows(tmp_path / "plain"), strict=True):
