@@ -24,6 +24,7 @@ from ..data.episodes import DataError
 from ..data.raw_observation import RawObservation
 from .actors import make_decide
 from .benchmarks.benchmark import Benchmark, Environment, EpisodeProtocol, Task
+from .benchmarks.libero_paths import AssetsError
 from .benchmarks.renderer import RendererError
 from .policy_server import PolicyServer, Question
 from .results import EpisodeKey
@@ -122,7 +123,7 @@ def _work(connection: Connection, make_benchmark: MakeBenchmark, max_environment
 
 
 def _in_words(problem: Exception) -> str:
-    if isinstance(problem, (DataError, RendererError)):
+    if isinstance(problem, (DataError, RendererError, AssetsError)):
         return str(problem)  # already says what to type
     place = traceback.extract_tb(problem.__traceback__)[-1]
     return f"{type(problem).__name__}: {problem} ({Path(place.filename).name}:{place.lineno})"

@@ -168,10 +168,10 @@ def check_ffmpeg() -> Finding:
 
 def check_libero_assets() -> Finding:
     """Only LIBERO's own suites need them; `pocket` brings its scene along."""
-    from ..eval.benchmarks.libero_paths import ASSETS_VARIABLE, AssetsError, require_assets
+    from ..eval.benchmarks.libero_paths import ASSETS_VARIABLE, HOW_TO_DOWNLOAD, AssetsError, require_assets
 
     what = "LIBERO assets"
-    mend = f"export {ASSETS_VARIABLE}=/folder/with/scenes/and/textures"
+    mend = f"{HOW_TO_DOWNLOAD}, or export {ASSETS_VARIABLE}=/folder/with/scenes/and/textures"
     try:
         return Finding(what=what, status="ok", found=str(require_assets()))
     except (AssetsError, ModuleNotFoundError):

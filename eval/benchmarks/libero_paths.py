@@ -21,13 +21,21 @@ def libero_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
+DOWNLOADED = Path("~/.cache/libero/assets")
+"""Where LIBERO's own downloader (LeRobot's too) puts them."""
+HOW_TO_DOWNLOAD = f"hf download lerobot/libero-assets --repo-type dataset --local-dir {DOWNLOADED}"
+
+
 def require_assets() -> Path:
-    """The folder of LIBERO's assets; raises `AssetsError` where there is none."""
+    """The folder of LIBERO's assets: the one that is set, else beside LIBERO, else where its downloader puts them.
+
+    Raises `AssetsError` where there is none. Nothing is downloaded unasked."""
     given = os.environ.get(ASSETS_VARIABLE)
-    folder = Path(given) if given else libero_folder() / "assets"
-    if not (folder / "scenes").is_dir():
-        raise AssetsError(
-            f"LIBERO's suites need its assets, and {folder} has no `scenes` folder: set {ASSETS_VARIABLE} to the folder "
-            "that has `scenes`, `textures` and the objects (the benchmark `pocket` needs none of them)"
-        )
-    return folder.resolve()
+    candidates = [Path(given)] if given else [libero_folder() / "assets", DOWNLOADED.expanduser()]
+    for folder in candidates:
+        if (folder / "scenes").is_dir():
+            return folder.resolve()
+    raise AssetsError(
+        f"LIBERO's suites need its assets, and no `scenes` folder is in {' or '.join(map(str, candidates))}: type "
+        f"`{HOW_TO_DOWNLOAD}`, or set {ASSETS_VARIABLE} to a folder that has them (the benchmark `pocket` needs none)"
+    )

@@ -100,6 +100,16 @@ def test_without_assets_one_sentence(tmp_path, monkeypatch):
     assert "pocket" in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_assets_are_found_where_libero_downloads_them(tmp_path, monkeypatch):
+    monkeypatch.delenv(ASSETS_VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AssetsError, match="hf download lerobot/libero-assets"):
+        require_assets()
+    downloaded = tmp_path / ".cache" / "libero" / "assets"
+    (downloaded / "scenes").mkdir(parents=True)
+    assert require_assets() == downloaded.resolve()
+
+
 @pytest.mark.sim
 def test_an_environment_without_assets(tmp_path, monkeypatch):
     monkeypatch.setenv(ASSETS_VARIABLE, str(tmp_path))
