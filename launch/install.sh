@@ -79,7 +79,11 @@ if [ ${#packages[@]} -gt 0 ]; then
   fi
   printf '  %-44s' "system packages: ${packages[*]}"
   apt_log=$(mktemp)
-  if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${packages[@]}"; } >"$apt_log" 2>&1; then
+  install_packages() { "${apt[@]}" install -y --no-install-recommends "$@"; }
+  # Newer distributions have dropped OSMesa; Mesa's EGL draws on a CPU too.
+  instead=("${packages[@]/#libosmesa6/libegl1}")
+  [ "${instead[*]}" = "${packages[*]}" ] || instead+=(libegl-mesa0 libgl1-mesa-dri)
+  if ! { "${apt[@]}" update && { install_packages "${packages[@]}" || install_packages "${instead[@]}"; }; } >"$apt_log" 2>&1; then
     echo failed
     tail -n 5 "$apt_log" >&2
     needs_owner "$sentence"

@@ -13,7 +13,7 @@ class RendererError(Exception):
 
 
 def choose_renderer() -> str:
-    """Set `MUJOCO_GL` (egl beside an NVIDIA GPU, otherwise osmesa) unless the caller's environment has, and return it.
+    """Set `MUJOCO_GL` (egl beside an NVIDIA GPU, otherwise osmesa, or egl where only that is installed) unless the caller's environment has, and return it.
 
     Raises `RendererError` where the library it needs is not installed. Cheap; safe to call again."""
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip() or _default()
@@ -40,7 +40,10 @@ def choose_renderer() -> str:
 
 
 def _default() -> str:
-    return "egl" if GPU_DEVICE.exists() and _find("EGL") else "osmesa"
+    if GPU_DEVICE.exists() and _find("EGL"):
+        return "egl"
+    # Newer distributions have no OSMesa; Mesa's EGL draws on a CPU too.
+    return "egl" if _find("EGL") and not _find("OSMesa") else "osmesa"
 
 
 def _find(library: str) -> str | None:

@@ -22,9 +22,14 @@ def pretend(monkeypatch, *, libraries: tuple[str, ...], gpu: bool) -> None:
 
 @pytest.mark.parametrize(
     ("libraries", "gpu", "chosen"),
-    [(("EGL", "OSMesa"), True, "egl"), (("EGL", "OSMesa"), False, "osmesa"), (("OSMesa",), True, "osmesa")],
+    [
+        (("EGL", "OSMesa"), True, "egl"),
+        (("EGL", "OSMesa"), False, "osmesa"),
+        (("OSMesa",), True, "osmesa"),
+        (("EGL",), False, "egl"),
+    ],
 )
-def test_egl_beside_a_gpu_and_osmesa_otherwise(monkeypatch, libraries, gpu, chosen):
+def test_egl_beside_a_gpu_or_alone_and_osmesa_otherwise(monkeypatch, libraries, gpu, chosen):
     pretend(monkeypatch, libraries=libraries, gpu=gpu)
     assert choose_renderer() == chosen
     assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == chosen

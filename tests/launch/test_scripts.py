@@ -177,6 +177,15 @@ def test_missing_library_with_permission(machine, who):
     assert machine.calls("apt-get") == ["-qq update", "-qq install -y --no-install-recommends g++ libosmesa6"]
 
 
+def test_a_distribution_without_osmesa_gets_mesas_egl(machine):
+    machine.write("ldconfig", "#!/bin/bash\n")
+    machine.write("id", "#!/bin/bash\necho 0\n")
+    installed = machine.venv.parent / "installed"
+    machine.write("apt-get", f'#!/bin/bash\n[[ "$*" != *libosmesa6* ]] || exit 100\necho "$*" >>{installed}\n')
+    assert machine.start("install.sh").returncode == 0
+    assert installed.read_text().splitlines()[-1].endswith("libegl1 libegl-mesa0 libgl1-mesa-dri")
+
+
 def test_apt_that_fails_ends_in_the_sentence(machine):
     machine.write("ldconfig", "#!/bin/bash\n")
     machine.write("id", "#!/bin/bash\necho 0\n")
