@@ -20,8 +20,3 @@ class Prefix:
     """kind (`image`, `language`, `state`) -> features (B, N, width) and mask (B, N)."""
     state_BTS: Tensor | None = None
     """Normalised proprioception."""
-
-    @property
-    def num_tokens_B(self) -> Tensor:
-        """(B,) valid prefix tokens; the expert's positions go on from here."""
-        return self.mask_BP.sum(-1)

@@ -60,7 +60,6 @@ class LiberoEnvironment:
         self._init_state = init_state
         self._settle_action = settle_action
         self._want_images = False
-        self._images: dict[str, np.ndarray] = {}
         self.problem_info: dict[str, str] = libero_envs.bddl_base_domain.BDDLUtils.get_problem_info(task.bddl_file)
         """LIBERO's: problem_name, domain_name, language_instruction (the BDDL's, which is not `task.language`)."""
         self._controller = robosuite.load_controller_config(default_controller="OSC_POSE")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..layers.gemma import GEMMA_300M, GemmaBlock, GemmaConfig
+from ..layers.gemma import GEMMA_300M, GemmaBlock, GemmaConfig, KeysValues
 from ..layers.noise_level_embedding import embed_noise_level
 from ..layers.norms import AdaRMSNorm
 from ..layers.rotary import rotary_angles
@@ -33,8 +33,6 @@ class GemmaExpertConfig:
 class GemmaExpert(nn.Module):
     """Noisy actions, noise level and a prefix -> one output per action entry."""
 
-    reads = "kv"
-
     def __init__(self, config: GemmaExpertConfig, *, action_dim: int) -> None:
         super().__init__()
         self.head_dim = config.gemma.head_dim
@@ -48,46 +46,43 @@ class GemmaExpert(nn.Module):
         self.action_out_proj = nn.Linear(width, action_dim)
 
     def bind(self, prefix: Prefix) -> "BoundGemmaExpert":
-        return BoundGemmaExpert(self, prefix)
-
-    def forward(self, x_BHA: Tensor, noise_level_B: Tensor, prefix: Prefix) -> Tensor:
-        return self.bind(prefix)(x_BHA, noise_level_B)
+        """Raises ValueError if the prefix carries no keys and values."""
+        if prefix.layers_kv is None:
+            raise ValueError("this expert reads keys and values, and the backbone's prefix carries none")
+        return BoundGemmaExpert(self, prefix.mask_BP, prefix.layers_kv)
 
 
 class BoundGemmaExpert:
-    """A `GemmaExpert` with the prefix it reads; see `BoundExpert`."""
+    """A `GemmaExpert` with the keys and values that it reads; see `BoundExpert`."""
 
-    def __init__(self, expert: GemmaExpert, prefix: Prefix) -> None:
+    def __init__(self, expert: GemmaExpert, mask_BP: Tensor, layers_kv: tuple[KeysValues, ...]) -> None:
         self.expert = expert
-        self.prefix = prefix
+        self.mask_BP = mask_BP
+        self.layers_kv = layers_kv
 
     def fan_out(self, num_candidates: int) -> "BoundGemmaExpert":
         def repeated(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(num_candidates, dim=0)
 
-        assert self.prefix.layers_kv is not None  # checked by bind
-        prefix = Prefix(
-            mask_BP=repeated(self.prefix.mask_BP),
-            layers_kv=tuple((repeated(keys), repeated(values)) for keys, values in self.prefix.layers_kv),
-        )
-        return BoundGemmaExpert(self.expert, prefix)
+        layers_kv = tuple((repeated(keys), repeated(values)) for keys, values in self.layers_kv)
+        return BoundGemmaExpert(self.expert, repeated(self.mask_BP), layers_kv)
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
-        expert, prefix = self.expert, self.prefix
-        assert prefix.layers_kv is not None  # checked by bind
-        dtype = prefix.layers_kv[0][0].dtype
+        expert = self.expert
+        dtype = self.layers_kv[0][0].dtype
         horizon = x_BHA.shape[1]
 
         condition_BD = embed_noise_level(noise_level_B, expert.width).to(dtype)
         condition_BD = functional.silu(expert.time_mlp_out(functional.silu(expert.time_mlp_in(condition_BD))))
 
-        positions_BH = prefix.num_tokens_B[:, None] + torch.arange(horizon, device=x_BHA.device)
+        # Action tokens are placed after the prefix's valid tokens.
+        positions_BH = self.mask_BP.sum(-1, keepdim=True) + torch.arange(horizon, device=x_BHA.device)
         angles = rotary_angles(positions_BH, expert.head_dim)
-        own_mask_BH = prefix.mask_BP.new_ones(x_BHA.shape[0], horizon)
-        mask_B1HN = torch.cat([prefix.mask_BP, own_mask_BH], dim=1)[:, None, None, :].expand(-1, 1, horizon, -1)
+        own_mask_BH = self.mask_BP.new_ones(x_BHA.shape[0], horizon)
+        mask_B1HN = torch.cat([self.mask_BP, own_mask_BH], dim=1)[:, None, None, :].expand(-1, 1, horizon, -1)
 
         x_BHD = expert.action_in_proj(x_BHA.to(dtype))
-        for layer, keys_values in zip(expert.layers, prefix.layers_kv, strict=True):
+        for layer, keys_values in zip(expert.layers, self.layers_kv, strict=True):
             x_BHD, _ = layer(x_BHD, angles, mask_B1HN, prefix=keys_values, condition_BD=condition_BD)
         x_BHD, _ = expert.norm(x_BHD, condition_BD)
         return expert.action_out_proj(x_BHD).float()

@@ -23,8 +23,6 @@ CENTRED_M = 0.03
 """and this near to the target's middle."""
 PLACE_M = 0.042
 """Where it is lowered to, meanwhile."""
-DOWN_XYZW = np.array([1.0, 0.0, 0.0, 0.0])
-"""The gripper points straight down, fingers along y."""
 
 
 class PickAndPlace:
@@ -68,9 +66,9 @@ def _within(command: np.ndarray) -> np.ndarray:
 
 
 def _turn(quat_xyzw: np.ndarray) -> np.ndarray:
-    """Axis-angle (world axes) from this orientation to straight down."""
+    """Axis-angle (world axes) from this orientation to straight down, fingers along y: the quaternion i."""
     x, y, z, w = quat_xyzw
-    # DOWN * conj(quat), Hamilton product with DOWN = i
+    # i * conj(quat)
     turn = np.array([w, z, -y, x])  # xyz, then the scalar part
     turn = turn * np.sign(turn[3] or 1.0)
     length = float(np.linalg.norm(turn[:3]))
