@@ -30,6 +30,13 @@ class PolicyConfig:
     observation_offsets: tuple[int, ...] = (0,)
     """Which observations a decision reads, in control steps relative to now."""
 
+    def __post_init__(self) -> None:
+        if len(self.observation_offsets) != self.backbone.num_observations:
+            raise ValueError(
+                f"policy.observation_offsets is {self.observation_offsets}, and the backbone {self.backbone.type!r} reads "
+                f"{self.backbone.num_observations} observation a decision; give as many offsets"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embodiment:

@@ -55,8 +55,8 @@ def save_checkpoint(
         _flush_to_disk(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for older in list(complete_checkpoints(run).values())[:-num_trainer_states]:
-            shutil.rmtree(older / "trainer", ignore_errors=True)
+        for _, older in resumable_checkpoints(run)[:-num_trainer_states]:
+            shutil.rmtree(older / "trainer")
     accelerator.wait_for_everyone()
 
 
@@ -69,10 +69,9 @@ def _flush_to_disk(folder: Path) -> None:
             os.close(descriptor)
 
 
-def newest_resumable(run: Path) -> tuple[int, Path] | None:
-    """The newest complete checkpoint with trainer state, and its step."""
-    resumable = [(step, path) for step, path in complete_checkpoints(run).items() if (path / "trainer").is_dir()]
-    return resumable[-1] if resumable else None
+def resumable_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints that still have trainer state, oldest first."""
+    return [(step, path) for step, path in complete_checkpoints(run).items() if (path / "trainer").is_dir()]
 
 
 def store_config(run: Path, config: Mapping[str, Any]) -> None:

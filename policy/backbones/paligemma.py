@@ -57,6 +57,11 @@ class PaliGemmaConfig:
     """A learned vector per camera; public checkpoints have none."""
 
     @property
+    def num_observations(self) -> int:
+        """How many observation offsets a decision reads."""
+        return 1
+
+    @property
     def reads_embeddings(self) -> bool:
         """Whether prompts must carry the text encoder's features."""
         return self.language == "encoder"

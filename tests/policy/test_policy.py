@@ -130,3 +130,8 @@ def test_an_expert_that_cannot_read_the_backbones_cache_is_refused():
     config = dataclasses.replace(policy.config, expert=dataclasses.replace(policy.config.expert, gemma=gemma))
     with pytest.raises(ValueError, match=r"writes keys and values .* \(2, 1, 8\), the expert reads \(3, 1, 8\)"):
         Policy(config, policy.embodiment, policy.statistics)
+
+
+def test_observations_that_the_backbone_would_ignore_are_refused():
+    with pytest.raises(ValueError, match=r"observation_offsets is \(-1, 0\), and the backbone 'paligemma' reads 1"):
+        dataclasses.replace(make_policy().config, observation_offsets=(-1, 0))

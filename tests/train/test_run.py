@@ -80,8 +80,10 @@ def test_a_half_written_checkpoint_is_never_resumed_from(small_cache, straight, 
     shutil.copytree(straight, run)
     (run / "checkpoints" / "step_000004" / "COMPLETE").unlink()
     shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / ".step_000003.partial")
-    # Step 2's trainer state was pruned when step 4 came, so the only start left is the beginning.
-    assert "resuming" not in train(small_cache.path, run)
+    # Step 2's trainer state was pruned when step 4 came, so the only start left is the beginning; and from there on a new
+    # checkpoint can be resumed from, although a later one lies there without trainer state.
+    assert "resuming" not in train(small_cache.path, run, "--stop-at-step", "1")
+    assert "resuming" in (output := train(small_cache.path, run)) and "at step 1" in output
     expected, found = weights(straight), weights(run)
     assert all(expected[name].equal(found[name]) for name in expected)
 
