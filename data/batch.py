@@ -38,7 +38,7 @@ class Observation:
     images: Mapping[str, Tensor]
     """camera -> (B, T, image_px, image_px, 3) uint8: upright, padded to square, resized. An absent camera has no key."""
     image_mask: Mapping[str, Tensor]
-    """camera -> (B,) bool; False where a sample lacks that camera."""
+    """camera -> (B, T) bool; False where a sample lacks that picture: it has no such camera, or lies before its episode's start."""
     state_BTS: Tensor
     """float32."""
     prompts: Prompts

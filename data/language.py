@@ -159,7 +159,9 @@ class Language:
     def _entry(self, text: str, *, embedded: bool) -> _Entry:
         entry = self._table.get(text)
         if entry is None or (embedded and entry.embedding_LE is None):
-            entry = self._table[text] = self._new_entry(text, embedded=embedded)
+            entry = self._new_entry(text, embedded=embedded)
+            if embedded:  # costly; a tokenised text is cheap, and with the state in it never comes again
+                self._table[text] = entry
         return entry
 
     def _new_entry(self, text: str, *, embedded: bool) -> _Entry:

@@ -17,6 +17,8 @@ import torch
 
 from .batch import Batch, Observation
 from .cache import Cache
+from .normalise import NEAR_CONSTANT, Normaliser, NormaliserMode
+from .prompt import PromptStyle, prompt_text
 
 NUM_READ_AHEAD = 3
 """Batches that the thread keeps ready."""
@@ -36,6 +38,12 @@ class LoaderConfig:
     """Which of the cache's cameras."""
     embeddings: bool = False
     """Whether prompts carry the text encoder's features."""
+    prompt: PromptStyle = "instruction"
+    """What is tokenised."""
+    state_normalisation: NormaliserMode = "identity"
+    """Of the state that the prompt spells out; the batch's own stays raw."""
+    near_constant: float = NEAR_CONSTANT
+    """As the policy's."""
     split: str = "train"
     """`train` or `validation`."""
     seed: int = 0
@@ -51,7 +59,7 @@ class LoaderConfig:
 class ChunkLoader:
     """Batches of one rank. Every frame of the split is a sample: its observation and the chunk that begins there.
 
-    Offsets before the episode's start read its first frame; actions beyond its end repeat the last one and are not valid."""
+    Offsets before the episode's start read its first frame, and their pictures are masked; actions beyond its end repeat the last one and are not valid."""
 
     def __init__(self, cache: Cache, config: LoaderConfig, *, rank: int = 0, world_size: int = 1) -> None:
         """Raises `ValueError` for what the cache cannot give."""
@@ -82,6 +90,7 @@ class ChunkLoader:
                 f"a batch of {config.batch_size} on {world_size} ranks is more than the {self.num_samples} {config.split} samples "
                 f"of {cache.path}; give at most {self.num_samples // world_size}"
             )
+        self._state_normaliser = Normaliser(cache.statistics.state, config.state_normalisation, config.near_constant)
         self._permutations: dict[int, np.ndarray] = {}
 
     @property
@@ -153,17 +162,22 @@ class ChunkLoader:
         config, cache = self.config, self.cache
         episode_B = np.searchsorted(self._start_E, frame_B, side="right") - 1
         seen_BT = frame_B[:, None] + np.array(config.observation_offsets)
+        there_BT = seen_BT >= self._start_E[episode_B, None]
         seen_BT = np.maximum(seen_BT, self._start_E[episode_B, None])
         acted_BH = frame_B[:, None] + np.arange(config.horizon)
         valid_BH = acted_BH <= self._last_E[episode_B, None]
         acted_BH = np.minimum(acted_BH, self._last_E[episode_B, None])
+        state_BTS = torch.from_numpy(cache.state_NS[seen_BT])
+        normalised_BS = self._state_normaliser(state_BTS[:, -1]).numpy()
+        texts = [
+            prompt_text(config.prompt, self._instructions[episode], state_S)
+            for episode, state_S in zip(episode_B, normalised_BS, strict=True)
+        ]
         observation = Observation(
             images={camera: torch.from_numpy(cache.images[camera][seen_BT]) for camera in config.cameras},
-            image_mask={camera: torch.ones(len(frame_B), dtype=torch.bool) for camera in config.cameras},
-            state_BTS=torch.from_numpy(cache.state_NS[seen_BT]),
-            prompts=cache.language.prompts(
-                [self._instructions[episode] for episode in episode_B], embeddings=config.embeddings
-            ),
+            image_mask=dict.fromkeys(config.cameras, torch.from_numpy(there_BT)),
+            state_BTS=state_BTS,
+            prompts=cache.language.prompts(texts, embeddings=config.embeddings),
         )
         return Batch(
             observation=observation,

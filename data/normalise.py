@@ -24,19 +24,20 @@ NEAR_CONSTANT = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class FieldStatistics:
-    """Of every dimension of the state or of the action, in raw units."""
+    """Of every dimension of the state or of the action, in raw units. Those of our caches are whole; a public checkpoint has
+    what its normalisation needs."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     """Of the population (divided by the count)."""
-    min: tuple[float, ...]
-    max: tuple[float, ...]
-    q01: tuple[float, ...]
+    min: tuple[float, ...] | None = None
+    max: tuple[float, ...] | None = None
+    q01: tuple[float, ...] | None = None
     """1 % quantile, linearly interpolated."""
-    q99: tuple[float, ...]
+    q99: tuple[float, ...] | None = None
     """99 % quantile."""
     count: int
-    """Rows."""
+    """Rows; 0 where a public checkpoint does not say."""
 
     @classmethod
     def compute(cls, rows_ND: np.ndarray, row_index: np.ndarray | None = None) -> Self:
@@ -76,7 +77,9 @@ class FieldStatistics:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        columns = {name: tuple(map(float, item)) for name, item in value.items() if name != "count"}
+        columns = {
+            name: None if item is None else tuple(map(float, item)) for name, item in value.items() if name != "count"
+        }
         return cls(**columns, count=int(value["count"]))
 
 
@@ -119,29 +122,31 @@ class Normaliser(torch.nn.Module):
     centre_D: Tensor
     scale_D: Tensor
 
-    def __init__(self, statistics: FieldStatistics, mode: NormaliserMode) -> None:
+    def __init__(self, statistics: FieldStatistics, mode: NormaliserMode, near_constant: float = NEAR_CONSTANT) -> None:
+        """Raises `ValueError` for another mode, or if the statistics lack what the mode needs."""
         super().__init__()
-        if mode not in get_args(NormaliserMode):
-            raise ValueError(f"normalisation mode is {mode!r}; it can be {', '.join(get_args(NormaliserMode))}")
-        self.statistics = statistics
         self.mode = mode
+        match mode:
+            case "mean_std":
+                centre, scale = _needed(statistics, mode, "mean", "std")
+            case "quantile":
+                centre, scale = _middle_and_half_width(*_needed(statistics, mode, "q01", "q99"))
+            case "min_max":
+                centre, scale = _middle_and_half_width(*_needed(statistics, mode, "min", "max"))
+            case "identity":
+                centre, scale = (), ()  # whatever the width
+            case _:
+                raise ValueError(f"normalisation mode is {mode!r}; it can be {', '.join(get_args(NormaliserMode))}")
+        self._centre = centre
+        self._scale = tuple(value if value >= near_constant else 1.0 for value in scale)
         self._fill(torch.empty(0).device)  # torch's current default device: `meta` under init-empty contexts
 
     def _fill(self, device: torch.device) -> None:
         """(Re)make the buffers on `device` from the Python numbers: they are exact in any dtype history."""
-        of = self.statistics
-        match self.mode:
-            case "mean_std":
-                centre, scale = of.mean, of.std
-            case "quantile":
-                centre, scale = _middle(of.q01, of.q99), _half_width(of.q01, of.q99)
-            case "min_max":
-                centre, scale = _middle(of.min, of.max), _half_width(of.min, of.max)
-            case "identity":
-                centre, scale = (0.0,) * len(of.mean), (1.0,) * len(of.mean)
-        safe = [value if value >= NEAR_CONSTANT else 1.0 for value in scale]
-        self.register_buffer("centre_D", torch.tensor(centre, dtype=torch.float32, device=device), persistent=False)
-        self.register_buffer("scale_D", torch.tensor(safe, dtype=torch.float32, device=device), persistent=False)
+        centre = torch.tensor(self._centre or (0.0,), dtype=torch.float32, device=device)
+        scale = torch.tensor(self._scale or (1.0,), dtype=torch.float32, device=device)
+        self.register_buffer("centre_D", centre, persistent=False)
+        self.register_buffer("scale_D", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw units -> normalised, float32."""
@@ -157,12 +162,23 @@ class Normaliser(torch.nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.mode}, {len(self.statistics.mean)} dimensions"
+        return f"{self.mode}, {len(self._centre)} dimensions"
 
 
-def _middle(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
+def _needed(
+    statistics: FieldStatistics, mode: str, first: str, second: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    values = getattr(statistics, first), getattr(statistics, second)
+    if None in values:
+        there = [name for name, value in asdict(statistics).items() if value is not None and name != "count"]
+        raise ValueError(
+            f"normalisation {mode!r} needs {first} and {second}, and the statistics have {', '.join(there) or 'nothing'}"
+        )
+    return values
 
 
-def _half_width(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple((b - a) / 2 for a, b in zip(low, high, strict=True))
+def _middle_and_half_width(
+    low: tuple[float, ...], high: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    pairs = list(zip(low, high, strict=True))
+    return tuple((a + b) / 2 for a, b in pairs), tuple((b - a) / 2 for a, b in pairs)

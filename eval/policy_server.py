@@ -22,6 +22,10 @@ class PolicyUnderTest(Protocol):
     @property
     def action_dim(self) -> int: ...
     @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(H, A) of the noise that `act` takes."""
+
+    @property
     def num_sampling_steps(self) -> int: ...
     @property
     def sampling(self) -> Mapping[str, Any]: ...
@@ -44,10 +48,10 @@ class Question:
     raw: RawObservation
 
 
-def noise_for(key: EpisodeKey, decision: int, horizon: int, action_dim: int) -> np.ndarray:
-    """(H, A) standard normal float32: a function of the episode's key and the decision's index alone."""
+def noise_for(key: EpisodeKey, decision: int, shape: tuple[int, int]) -> np.ndarray:
+    """`shape` (H, A) standard normal float32: a function of the episode's key and the decision's index alone."""
     seed = [*np.frombuffer(key.digest(), np.uint32).tolist(), decision]
-    return np.random.default_rng(seed).standard_normal((horizon, action_dim), dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 class PolicyServer:
@@ -61,11 +65,12 @@ class PolicyServer:
     def answer(self, questions: Sequence[Question]) -> np.ndarray:
         """(n, H, A) float32 for n <= `batch_size` questions, in one forward."""
         policy, spare = self.policy, self.batch_size - len(questions)
-        noise_BHA = np.zeros((self.batch_size, policy.horizon, policy.action_dim), np.float32)
+        noise_BHA = np.zeros((self.batch_size, *policy.noise_shape), np.float32)
         for row_HA, question in zip(noise_BHA, questions, strict=False):
-            row_HA[:] = noise_for(question.key, question.decision, policy.horizon, policy.action_dim)
+            row_HA[:] = noise_for(question.key, question.decision, policy.noise_shape)
         observations = [question.raw for question in questions]
         chunk_BHA = policy.act(observations + spare * observations[-1:], noise_BHA)
-        if chunk_BHA.shape != noise_BHA.shape:
-            raise ValueError(f"the policy returned actions of shape {chunk_BHA.shape} instead of {noise_BHA.shape}")
+        expected = (self.batch_size, policy.horizon, policy.action_dim)
+        if chunk_BHA.shape != expected:
+            raise ValueError(f"the policy returned actions of shape {chunk_BHA.shape} instead of {expected}")
         return chunk_BHA[: len(questions)]

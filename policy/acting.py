@@ -8,6 +8,7 @@ import torch
 
 from ..data.batch import Observation, RawObservation
 from ..data.language import Language
+from ..data.prompt import prompt_text
 from .checkpoints.folder import read_policy
 from .policy import Policy
 
@@ -35,8 +36,13 @@ class ActingPolicy:
         """What decides the sampling besides weights and noise."""
         return {"objective": self.policy.config.objective.type, "num_sampling_steps": self.num_sampling_steps}
 
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(H, A) of the noise that `act` takes; wider than a chunk where a pretrained policy's vectors are."""
+        return self.policy.noise_shape
+
     def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray) -> np.ndarray:
-        """(B, H, A) float32 actions in raw units. `noise_BHA` is standard normal, (B, H, A).
+        """(B, H, robot's action dims) float32 actions in raw units. `noise_BHA` is standard normal, (B, *noise_shape).
 
         Raises ValueError if an observation lacks a camera or has another number of observation offsets or state dims."""
         num_offsets, state_dim = len(self.observation_offsets), self.policy.embodiment.state_dim
@@ -63,14 +69,19 @@ class ActingPolicy:
             flat = np.concatenate([raw.images[camera] for raw in observations])
             prepared = self.image_rule.prepare(flat)
             images[camera] = torch.from_numpy(prepared).unflatten(0, (len(observations), -1))
-        everywhere = torch.ones(len(observations), dtype=torch.bool)
+        config = self.policy.config
+        everywhere = torch.ones(len(observations), len(self.observation_offsets), dtype=torch.bool)
+        state_BTS = torch.from_numpy(np.stack([raw.state_TS for raw in observations]))
+        normalised_BS = self.policy.state_normaliser(state_BTS[:, -1].to(self.device)).cpu().numpy()
+        texts = [
+            prompt_text(config.prompt, raw.instruction, state_S)
+            for raw, state_S in zip(observations, normalised_BS, strict=True)
+        ]
         return Observation(
             images=images,
             image_mask=dict.fromkeys(self.cameras, everywhere),
-            state_BTS=torch.from_numpy(np.stack([raw.state_TS for raw in observations])),
-            prompts=self.language.prompts(
-                [raw.instruction for raw in observations], embeddings=self.policy.config.backbone.reads_embeddings
-            ),
+            state_BTS=state_BTS,
+            prompts=self.language.prompts(texts, embeddings=config.backbone.reads_embeddings),
         )
 
 

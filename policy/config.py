@@ -1,17 +1,17 @@
 """What a policy is made of, and what it is tied to; both are stored in every checkpoint and rebuild it without a recipe."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..data.images import ImageRule
+from ..data.normalise import NEAR_CONSTANT, NormaliserMode
+from ..data.prompt import PromptStyle
+from ..data.vector_layout import VectorLayout
 from .backbones import BackboneConfig
 from .backbones.paligemma import PaliGemmaConfig
 from .experts import ExpertConfig
 from .experts.gemma import GemmaExpertConfig
 from .objectives import ObjectiveConfig
 from .objectives.flow import Flow
-
-NormalisationMode = Literal["mean_std", "quantile", "min_max", "identity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,17 @@ class PolicyConfig:
     objective: ObjectiveConfig = field(default_factory=Flow)
     horizon: int = 10
     """Steps of an action chunk."""
-    state_normalisation: NormalisationMode = "quantile"
+    prompt: PromptStyle = "instruction"
+    """What is tokenised: the instruction as it is, ended by a line break, or π0.5's with the state in words."""
+    state_normalisation: NormaliserMode = "quantile"
     """How proprioception is scaled: by mean and deviation, 1 % to 99 % quantiles onto [-1, 1], extremes onto [-1, 1], or not."""
-    action_normalisation: NormalisationMode = "quantile"
+    action_normalisation: NormaliserMode = "quantile"
+    """The same for actions."""
+    near_constant: float = NEAR_CONSTANT
+    """A dimension with a smaller scale (raw units) is centred and not scaled; public checkpoints scale nearly everything."""
+    state_layout: VectorLayout | None = None
+    """Where the robot's state stands in a pretrained policy's wider vector; None: the vector is the robot's."""
+    action_layout: VectorLayout | None = None
     """The same for actions."""
     observation_offsets: tuple[int, ...] = (0,)
     """Which observations a decision reads, in control steps relative to now."""
@@ -36,6 +44,11 @@ class PolicyConfig:
                 f"policy.observation_offsets is {self.observation_offsets}, and the backbone {self.backbone.type!r} reads "
                 f"{self.backbone.num_observations} observation a decision; give as many offsets"
             )
+        if self.prompt == "pi05" and self.backbone.reads_embeddings:
+            raise ValueError(
+                "policy.prompt is 'pi05', which writes the state into the text, and the backbone reads cached text embeddings; "
+                "a text that differs at every step cannot be cached: choose policy.prompt 'instruction'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,8 @@ class Embodiment:
     robot: str
     state_dim: int
     action_dim: int
+    control_hz: float
+    """Actions a second."""
     cameras: tuple[str, ...]
     image_rule: ImageRule
     """How a camera's picture is turned upright, padded and resized: the same in training and in acting."""

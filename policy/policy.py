@@ -1,68 +1,95 @@
 """Policy = backbone + expert + objective + normalisation."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, Observation
 from ..data.normalise import Normaliser, Statistics
+from ..data.vector_layout import LaidOut
 from .backbones import BACKBONES
 from .config import Embodiment, PolicyConfig
 from .experts import EXPERTS
-from .experts.bound_expert import BoundExpert
+from .experts.expert import BoundExpert
 from .objectives.draws import DrawKeys
 from .objectives.objective import Draw, Loss
+from .prefix import Prefix
 
 
 class Policy(nn.Module):
-    """Observation in, action chunk out; single-device mathematics."""
+    """Observation in, action chunk out; single-device mathematics.
+
+    A robot's numbers are normalised, then laid out in the model's vectors, whose widths S and A can be larger."""
 
     def __init__(self, config: PolicyConfig, embodiment: Embodiment, statistics: Statistics) -> None:
         super().__init__()
         self.config = config
         self.embodiment = embodiment
         self.statistics = statistics
-        image_px = config.backbone.vision.image_px
+        image_px = config.backbone.image_px
         if image_px != embodiment.image_rule.size_px:
             raise ValueError(
                 f"the vision tower reads {image_px}-pixel images, but those of the cache have {embodiment.image_rule.size_px}; "
                 f"prepare with --image-px {image_px}"
             )
-        if config.backbone.kv_shape != config.expert.kv_shape:
-            raise ValueError(
-                f"the backbone writes keys and values of (layers, heads, head_dim) {config.backbone.kv_shape}, the expert reads "
-                f"{config.expert.kv_shape}; give policy.expert.gemma the depth, num_kv_heads and head_dim of policy.backbone.text"
-            )
+        self.state_normaliser = Normaliser(statistics.state, config.state_normalisation, config.near_constant)
+        self.action_normaliser = Normaliser(statistics.actions, config.action_normalisation, config.near_constant)
+        self.state_layout = LaidOut(config.state_layout, embodiment.state_dim)
+        self.action_layout = LaidOut(config.action_layout, embodiment.action_dim)
         self.backbone = BACKBONES[type(config.backbone)](
             config.backbone,
             vocab_size=embodiment.vocab_size,
             encoder_width=embodiment.encoder_width,
-            state_dim=embodiment.state_dim,
+            state_dim=self.state_layout.width,
             cameras=embodiment.cameras,
+            reads=config.expert.reads,
         )
-        self.expert = EXPERTS[type(config.expert)](config.expert, action_dim=embodiment.action_dim)
-        self.state_normaliser = Normaliser(statistics.state, config.state_normalisation)
-        self.action_normaliser = Normaliser(statistics.actions, config.action_normalisation)
-        for parameter in self.backbone.unread_parameters():
+        self.expert = EXPERTS[type(config.expert)](
+            config.expert,
+            prefix=self.backbone.shape,
+            horizon=config.horizon,
+            action_dim=self.action_layout.width,
+        )
+        for parameter in (*self.backbone.unread_parameters(), *self.expert.unread_parameters()):
             parameter.requires_grad_(False)
 
     @property
     def action_shape(self) -> tuple[int, int]:
-        """(H, A)."""
+        """(H, the robot's action dimensions): a chunk as the robot gets it."""
         return self.config.horizon, self.embodiment.action_dim
 
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(H, A): the noise that a chunk is made from."""
+        return self.config.horizon, self.action_layout.width
+
+    def prefix(self, observation: Observation) -> Prefix:
+        """The observation, encoded once."""
+        state_BTS = self.state_layout(self.state_normaliser(observation.state_BTS))
+        prefix: Prefix = self.backbone(observation, state_BTS)
+        batch = state_BTS.shape[0]
+        return replace(
+            prefix,
+            state_BTS=state_BTS,
+            action_mask_BA=self.action_layout.mask_W.expand(batch, -1),
+            control_hz_B=torch.full((batch,), self.embodiment.control_hz, device=state_BTS.device),
+        )
+
     def bind(self, observation: Observation) -> BoundExpert:
-        """Encode the observation once; the bound expert can then be called for any noise."""
-        bound: BoundExpert = self.expert.bind(self.backbone(observation, self.state_normaliser(observation.state_BTS)))
+        """The expert, bound to the encoded observation; it can then be called for any noise."""
+        bound: BoundExpert = self.expert.bind(self.prefix(observation))
         return bound
 
     def forward(self, batch: Batch, keys: DrawKeys, draw: Draw | None = None) -> Loss:
         """The objective's unreduced loss. A recorded `draw` replaces the one that `keys` name."""
-        actions_BHA = self.action_normaliser(batch.actions_BHA)
-        valid_BHA = batch.valid_BH[..., None].expand_as(actions_BHA)
+        actions_BHA = self.action_layout(self.action_normaliser(batch.actions_BHA))
+        valid_BHA = batch.valid_BH[..., None] & self.action_layout.mask_W
         draw = self.config.objective.draw(actions_BHA, keys) if draw is None else draw
         return self.config.objective.loss(self.bind(batch.observation), actions_BHA, valid_BHA, draw)
 
     def sample(self, observation: Observation, noise_BHA: Tensor) -> Tensor:
-        """A chunk of actions in raw units, (B, H, A) float32. `noise_BHA` is standard normal."""
-        normalised_BHA = self.config.objective.sample(self.bind(observation), noise_BHA)
-        actions_BHA: Tensor = self.action_normaliser.inverse(normalised_BHA)
+        """A chunk of the robot's actions in raw units, float32. `noise_BHA` is standard normal, (B, *noise_shape)."""
+        laid_out_BHA = self.config.objective.sample(self.bind(observation), noise_BHA)
+        actions_BHA: Tensor = self.action_normaliser.inverse(self.action_layout.inverse(laid_out_BHA))
         return actions_BHA

@@ -4,11 +4,13 @@ its values: `vlatune train pocket --num-steps 500`."""
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ..policy.backbones.paligemma import PaliGemmaConfig, SiglipConfig
+from ..policy.backbones.paligemma import PaliGemmaConfig
+from ..policy.backbones.siglip import SiglipConfig
 from ..policy.config import PolicyConfig
 from ..policy.experts.gemma import GemmaExpertConfig
-from ..policy.layers.gemma import GemmaConfig
+from ..policy.layers.decoder import DecoderConfig
 from ..policy.objectives.flow import Flow
 from .config import AdamWConfig, TrainConfig
 
@@ -17,7 +19,7 @@ def pocket() -> TrainConfig:
     """The quickstart's: a 1 M-parameter policy from random weights on the pocket benchmark, two CPU cores.
 
     About ten minutes; must succeed in 80 % of the reported episodes or more after `vlatune collect --episodes 75 --noise 0.3`."""
-    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 32, "depth": 3}
+    heads: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 32, "depth": 3}
     return TrainConfig(
         cache=Path("cache"),
         out=Path("runs/pocket"),
@@ -26,11 +28,11 @@ def pocket() -> TrainConfig:
                 vision=SiglipConfig(
                     image_px=64, patch_px=16, width=128, mlp_dim=256, depth=1, num_heads=4, stem="conv"
                 ),
-                text=GemmaConfig(width=128, mlp_dim=256, **heads),
+                text=DecoderConfig(width=128, mlp_dim=256, **heads),
                 state="token",
                 camera_embedding=True,
             ),
-            expert=GemmaExpertConfig(gemma=GemmaConfig(width=96, mlp_dim=192, **heads)),
+            expert=GemmaExpertConfig(gemma=DecoderConfig(width=96, mlp_dim=192, **heads)),
             objective=Flow(num_draws=4),
             horizon=16,
         ),
@@ -47,7 +49,7 @@ def libero() -> TrainConfig:
     """A 70 M-parameter policy from random weights on one LIBERO suite at 128 pixels; one GPU or more.
 
     Not yet measured on a GPU: the row in BENCHMARKS.md is open."""
-    heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "depth": 8}
+    heads: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "depth": 8}
     return TrainConfig(
         cache=Path("cache"),
         out=Path("runs/libero"),
@@ -56,11 +58,11 @@ def libero() -> TrainConfig:
                 vision=SiglipConfig(
                     image_px=128, patch_px=16, width=512, mlp_dim=2048, depth=6, num_heads=8, stem="conv"
                 ),
-                text=GemmaConfig(width=512, mlp_dim=2048, **heads),
+                text=DecoderConfig(width=512, mlp_dim=2048, **heads),
                 state="token",
                 camera_embedding=True,
             ),
-            expert=GemmaExpertConfig(gemma=GemmaConfig(width=384, mlp_dim=1536, **heads)),
+            expert=GemmaExpertConfig(gemma=DecoderConfig(width=384, mlp_dim=1536, **heads)),
             objective=Flow(num_draws=4),
             horizon=16,
         ),
@@ -73,18 +75,18 @@ def libero() -> TrainConfig:
 
 def tiny() -> TrainConfig:
     """For tests: seconds on one core, learns nothing worth having."""
-    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "depth": 2}
+    heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "depth": 2}
     return TrainConfig(
         cache=Path("cache"),
         out=Path("runs/tiny"),
         policy=PolicyConfig(
             backbone=PaliGemmaConfig(
                 vision=SiglipConfig(image_px=16, patch_px=8, width=16, mlp_dim=32, depth=1, num_heads=2, stem="conv"),
-                text=GemmaConfig(width=16, mlp_dim=32, **heads),
+                text=DecoderConfig(width=16, mlp_dim=32, **heads),
                 state="token",
                 camera_embedding=True,
             ),
-            expert=GemmaExpertConfig(gemma=GemmaConfig(width=16, mlp_dim=32, **heads)),
+            expert=GemmaExpertConfig(gemma=DecoderConfig(width=16, mlp_dim=32, **heads)),
             objective=Flow(num_draws=2, num_sampling_steps=2),
             horizon=4,
         ),

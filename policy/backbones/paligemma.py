@@ -1,45 +1,22 @@
 """PaliGemma-shaped backbone: a SigLIP tower, a linear projector and a Gemma prefix over image and prompt tokens.
 
 From the sizes of PaliGemma-2B down to a few hundred thousand parameters it is the same code. Prefix tokens attend to one
-another in both directions; their keys and values, layer by layer, are what an expert reads. The last layer computes only
-those: its queries, output and feed-forward (and the final norm) have no reader here and stay frozen.
+another in both directions. Most experts read their keys and values, layer by layer; then the last layer computes only
+those: its queries, output and feed-forward (and the final norm) have no reader and stay frozen. An expert that reads the
+last layer's features keeps them alive.
 """
 
-import itertools
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from ...data.batch import Observation
-from ..layers.gemma import GEMMA_2B, GemmaBlock, GemmaConfig
-from ..layers.norms import RMSNorm
+from ..layers.decoder import GEMMA_2B, DecoderBlock, DecoderConfig, make_norm
 from ..layers.rotary import rotary_angles
-from ..prefix import Prefix
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiglipConfig:
-    """Sizes of the vision tower."""
-
-    image_px: int = 224
-    """Side of the square images; the cache's must be the same."""
-    patch_px: int = 14
-    """Side of one image token's patch."""
-    width: int = 1152
-    """Features of an image token."""
-    mlp_dim: int = 4304
-    """Hidden features of the feed-forward."""
-    depth: int = 27
-    """Layers."""
-    num_heads: int = 16
-    """Attention heads."""
-    stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: SigLIP's one linear patch embedding, or strided 3 x 3 convolutions, which learn from far
-    fewer images when nothing is pretrained."""
+from ..prefix import Prefix, PrefixPart, PrefixShape
+from .siglip import SiglipConfig, encode_cameras, make_vision_tower, present_cameras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +25,9 @@ class PaliGemmaConfig:
 
     type: Literal["paligemma"] = "paligemma"
     vision: SiglipConfig = field(default_factory=SiglipConfig)
-    text: GemmaConfig = GEMMA_2B
+    text: DecoderConfig = GEMMA_2B
+    vocab_size: int | None = None
+    """Rows of the token table, where a pretrained one is larger than the tokenizer; None: as many as the tokenizer has."""
     language: Literal["tokens", "encoder"] = "tokens"
     """What the prefix reads of the instruction: token ids through its own table, or the cached text-encoder embedding."""
     state: Literal["token", "none"] = "none"
@@ -57,80 +36,58 @@ class PaliGemmaConfig:
     """A learned vector per camera; public checkpoints have none."""
 
     @property
+    def image_px(self) -> int:
+        return self.vision.image_px
+
+    @property
     def num_observations(self) -> int:
-        """How many observation offsets a decision reads."""
         return 1
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether prompts must carry the text encoder's features."""
         return self.language == "encoder"
-
-    @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """The cache of keys and values that it writes."""
-        return self.text.kv_shape
-
-
-class ConvStem(nn.Module):
-    """Halves the image with 3 x 3 convolutions until one position stands for `patch_px` pixels."""
-
-    def __init__(self, width: int, patch_px: int) -> None:
-        super().__init__()
-        halvings = int(math.log2(patch_px))
-        if 2**halvings != patch_px:
-            raise ValueError(f"a convolutional stem needs patch_px to be a power of two, not {patch_px}")
-        widths = [3, *(max(width // 4, width >> (halvings - 1 - i)) for i in range(halvings))]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GELU(approximate="tanh")]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    @property
-    def weight(self) -> Tensor:
-        """SiglipVisionModel asks its patch embedding for a dtype."""
-        return next(self.parameters())
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.layers(pixels)
-
-
-def make_vision_tower(config: SiglipConfig) -> SiglipVisionModel:
-    tower = SiglipVisionModel(
-        SiglipVisionConfig(
-            image_size=config.image_px,
-            patch_size=config.patch_px,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            vision_use_head=False,
-            attn_implementation="sdpa",
-        )
-    )
-    if config.stem == "conv":
-        tower.embeddings.patch_embedding = ConvStem(config.width, config.patch_px)
-    return tower
 
 
 class LanguageModel(nn.Module):
-    """Gemma without its vocabulary head: token table, layers, final norm."""
+    """A decoder without its vocabulary head: token table, layers, final norm."""
 
-    def __init__(self, config: GemmaConfig, vocab_size: int | None) -> None:
+    def __init__(self, config: DecoderConfig, vocab_size: int | None) -> None:
         super().__init__()
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, config.width)
             nn.init.normal_(self.embed_tokens.weight, std=config.width**-0.5)
-        self.layers = nn.ModuleList(GemmaBlock(config, adaptive=False) for _ in range(config.depth))
-        self.norm = RMSNorm(config.width)
+        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.norm = make_norm(config)
 
-    @property
-    def blocks(self) -> list[GemmaBlock]:
-        return [block for block in self.layers if isinstance(block, GemmaBlock)]
+    def layers_kv(
+        self, x_BPD: Tensor, angles: tuple[Tensor, Tensor], mask_B1PP: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Every layer's keys and values; the last layer computes nothing else."""
+        layers_kv = []
+        *blocks, last = self.layers
+        for block in blocks:
+            x_BPD, keys_values = block(x_BPD, angles, mask_B1PP)
+            layers_kv.append(keys_values)
+        return (*layers_kv, last.keys_values(x_BPD, angles))  # type: ignore[operator]
+
+    def features(self, x_BPD: Tensor, angles: tuple[Tensor, Tensor], mask_B1PP: Tensor) -> Tensor:
+        """The last layer's normed output, (B, P, D)."""
+        for block in self.layers:
+            x_BPD, _ = block(x_BPD, angles, mask_B1PP)
+        features_BPD: Tensor = self.norm(x_BPD)[0]
+        return features_BPD
+
+    def unread_parameters(self, reads: PrefixPart) -> list[nn.Parameter]:
+        """What has no reader where only keys and values are read."""
+        if reads == "tokens":
+            return []
+        last = self.layers[-1]
+        assert isinstance(last, DecoderBlock)
+        return [parameter for module in (*last.output_only_modules(), self.norm) for parameter in module.parameters()]
 
 
 class PaliGemma(nn.Module):
-    """Observation -> `Prefix` of keys and values."""
+    """See `Backbone`."""
 
     def __init__(
         self,
@@ -140,14 +97,19 @@ class PaliGemma(nn.Module):
         encoder_width: int | None,
         state_dim: int,
         cameras: tuple[str, ...],
+        reads: PrefixPart,
     ) -> None:
         super().__init__()
         self.config = config
         self.cameras = cameras
+        self.reads = reads
         width = config.text.width
+        kinds = ("image", "language", "state") if config.state == "token" else ("image", "language")
+        self.shape = PrefixShape(kv=config.text.kv_shape, tokens=dict.fromkeys(kinds, width), state_dim=state_dim)
         self.vision_tower = make_vision_tower(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.width, width)
-        self.language_model = LanguageModel(config.text, vocab_size if config.language == "tokens" else None)
+        table_size = config.vocab_size or vocab_size
+        self.language_model = LanguageModel(config.text, table_size if config.language == "tokens" else None)
         if config.reads_embeddings:
             if encoder_width is None:
                 raise ValueError(
@@ -160,50 +122,42 @@ class PaliGemma(nn.Module):
             self.camera_embedding = nn.Embedding(len(cameras), width)
 
     def unread_parameters(self) -> list[nn.Parameter]:
-        """Parameters that no output depends on: they are kept in checkpoints but not trained."""
-        unread = (*self.language_model.blocks[-1].output_only_modules(), self.language_model.norm)
-        return [parameter for module in unread for parameter in module.parameters()]
+        return self.language_model.unread_parameters(self.reads)
 
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
-        """`state_BTS` is the normalised state; images are uint8 as `Observation` holds them, or floats already in [-1, 1]."""
-        parts = [*self._image_tokens(observation), self._language_tokens(observation)]
+        parts = {"image": self._image_tokens(observation), "language": self._language_tokens(observation)}
         if self.config.state == "token":
             token_B1D = self.state_proj(state_BTS[:, -1:].to(self.state_proj.weight.dtype))
-            parts.append((token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool)))
-        x_BPD = torch.cat([features for features, _ in parts], dim=1)
-        mask_BP = torch.cat([mask for _, mask in parts], dim=1)
+            parts["state"] = (token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool))
+        x_BPD = torch.cat([features for features, _ in parts.values()], dim=1)
+        mask_BP = torch.cat([mask for _, mask in parts.values()], dim=1)
 
         positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
         angles = rotary_angles(positions_BP, self.config.text.head_dim)
         mask_B1PP = mask_BP[:, None, None, :].expand(-1, 1, mask_BP.shape[1], -1)
-        layers_kv = []
-        *blocks, last = self.language_model.blocks
-        for block in blocks:
-            x_BPD, keys_values = block(x_BPD, angles, mask_B1PP)
-            layers_kv.append(keys_values)
-        layers_kv.append(last.keys_values(x_BPD, angles))
-        return Prefix(mask_BP=mask_BP, layers_kv=tuple(layers_kv), state_BTS=state_BTS)
+        if self.reads == "kv":
+            return Prefix(mask_BP=mask_BP, layers_kv=self.language_model.layers_kv(x_BPD, angles, mask_B1PP))
+        features_BPD = self.language_model.features(x_BPD, angles, mask_B1PP)
+        lengths = [mask.shape[1] for _, mask in parts.values()]
+        return Prefix(
+            tokens={
+                kind: (features, mask)
+                for kind, features, (_, mask) in zip(
+                    parts, features_BPD.split(lengths, dim=1), parts.values(), strict=True
+                )
+            }
+        )
 
-    def _image_tokens(self, observation: Observation) -> list[tuple[Tensor, Tensor]]:
-        """Per present camera: (features (B, N, D), mask (B, N)). All cameras pass the tower in one call."""
-        present = [camera for camera in self.cameras if camera in observation.images]
-        if not present:
-            raise ValueError(f"the observation has none of this policy's cameras: {', '.join(self.cameras)}")
-        pixels = torch.stack([observation.images[camera][:, -1] for camera in present])  # (C, B, px, px, 3) uint8
-        num_cameras, batch = pixels.shape[:2]
-        dtype = self.multi_modal_projector.weight.dtype
-        pixels = pixels.flatten(0, 1).permute(0, 3, 1, 2)
-        pixels = pixels.to(dtype) if pixels.is_floating_point() else pixels.to(dtype) / 127.5 - 1
-        features = self.multi_modal_projector(self.vision_tower(pixels).last_hidden_state)
-        features = features.unflatten(0, (num_cameras, batch))
+    def _image_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Features (B, C * N, D) and mask of all present cameras."""
+        present = present_cameras(observation, self.cameras)
+        features_CBND = self.multi_modal_projector(encode_cameras(self.vision_tower, observation, present))
         if self.config.camera_embedding:
-            index = torch.tensor([self.cameras.index(camera) for camera in present], device=features.device)
-            features = features + self.camera_embedding(index)[:, None, None]
-        num_tokens = features.shape[2]
-        return [
-            (features[i], observation.image_mask[camera][:, None].expand(-1, num_tokens))
-            for i, camera in enumerate(present)
-        ]
+            index = torch.tensor([self.cameras.index(camera) for camera in present], device=features_CBND.device)
+            features_CBND = features_CBND + self.camera_embedding(index)[:, None, None]
+        num_tokens = features_CBND.shape[2]
+        mask_BC = torch.stack([observation.image_mask[camera][:, -1] for camera in present], dim=1)
+        return features_CBND.transpose(0, 1).flatten(1, 2), mask_BC.repeat_interleave(num_tokens, dim=1)
 
     def _language_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         prompts = observation.prompts

@@ -28,7 +28,7 @@ from ..config import Embodiment, PolicyConfig
 from ..policy import Policy
 from .layout import COMPLETE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Config = TypeVar("Config")
 
 

@@ -1,6 +1,8 @@
-"""Gemma-style action expert: a narrow transformer whose layer l reads layer l of the prefix's keys and values (π0.5's).
+"""Gemma-style action expert: a narrow transformer whose layer l reads layer l of the prefix's keys and values.
 
-All action tokens see the prefix and one another. The noise level enters through adaptive norms.
+All action tokens see the prefix and one another. In π0.5 the noise level enters through adaptive norms; in π0 it is mixed
+into every action token, and proprioception is a token of the expert's own, which sees the prefix but no action: it is
+computed once, when the expert is bound, and joins the keys and values.
 """
 
 from dataclasses import dataclass
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..layers.gemma import GEMMA_300M, GemmaBlock, GemmaConfig, KeysValues
+from ..layers.decoder import GEMMA_300M, DecoderBlock, DecoderConfig, KeysValues, appended, make_norm
 from ..layers.noise_level_embedding import embed_noise_level
 from ..layers.norms import AdaRMSNorm
 from ..layers.rotary import rotary_angles
-from ..prefix import Prefix
+from ..prefix import Prefix, PrefixShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,34 +24,61 @@ class GemmaExpertConfig:
     """An expert of the same depth and head shape as its backbone's prefix, of any width."""
 
     type: Literal["gemma"] = "gemma"
-    gemma: GemmaConfig = GEMMA_300M
+    gemma: DecoderConfig = GEMMA_300M
+    noise_level: Literal["adaptive_norm", "action_token"] = "adaptive_norm"
+    """Where the noise level enters: scale, shift and gate of every norm (π0.5), or an MLP over each action token (π0)."""
+    state: Literal["token", "none"] = "none"
+    """Whether proprioception is a token of the expert (π0)."""
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """The cache of keys and values that it can read."""
-        return self.gemma.kv_shape
+    def reads(self) -> Literal["kv"]:
+        return "kv"
 
 
 class GemmaExpert(nn.Module):
-    """Noisy actions, noise level and a prefix -> one output per action entry."""
+    """See `Expert`."""
 
-    def __init__(self, config: GemmaExpertConfig, *, action_dim: int) -> None:
+    def __init__(self, config: GemmaExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
         super().__init__()
-        self.head_dim = config.gemma.head_dim
+        if prefix.kv != config.gemma.kv_shape:
+            raise ValueError(
+                f"the backbone writes keys and values of (layers, heads, head_dim) {prefix.kv}, the expert reads "
+                f"{config.gemma.kv_shape}; give policy.expert.gemma the depth, num_kv_heads and head_dim of policy.backbone.text"
+            )
+        self.config = config
         width = config.gemma.width
-        self.width = width
+        adaptive = config.noise_level == "adaptive_norm"
         self.action_in_proj = nn.Linear(action_dim, width)
-        self.time_mlp_in = nn.Linear(width, width)
-        self.time_mlp_out = nn.Linear(width, width)
-        self.layers = nn.ModuleList(GemmaBlock(config.gemma, adaptive=True) for _ in range(config.gemma.depth))
-        self.norm = AdaRMSNorm(width)
+        if adaptive:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
+        else:
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
+        if config.state == "token":
+            self.state_proj = nn.Linear(prefix.state_dim, width)
+        self.layers = nn.ModuleList(DecoderBlock(config.gemma, adaptive=adaptive) for _ in range(config.gemma.depth))
+        self.norm = AdaRMSNorm(width, config.gemma.norm_eps) if adaptive else make_norm(config.gemma)
         self.action_out_proj = nn.Linear(width, action_dim)
+
+    def unread_parameters(self) -> list[nn.Parameter]:
+        return []
 
     def bind(self, prefix: Prefix) -> "BoundGemmaExpert":
         """Raises ValueError if the prefix carries no keys and values."""
-        if prefix.layers_kv is None:
+        if prefix.layers_kv is None or prefix.mask_BP is None:
             raise ValueError("this expert reads keys and values, and the backbone's prefix carries none")
-        return BoundGemmaExpert(self, prefix.mask_BP, prefix.layers_kv)
+        bound = BoundGemmaExpert(self, prefix.mask_BP, prefix.layers_kv)
+        if self.config.state == "none":
+            return bound
+        if prefix.state_BTS is None:
+            raise ValueError("this expert reads proprioception, and the prefix carries none")
+        dtype = prefix.layers_kv[0][0].dtype
+        _, state_kv = bound.through_layers(self.state_proj(prefix.state_BTS[:, -1:].to(dtype)), None)
+        mask_BP = torch.cat([prefix.mask_BP, torch.ones_like(prefix.mask_BP[:, :1])], dim=1)
+        return BoundGemmaExpert(
+            self, mask_BP, tuple(appended(seen, own) for seen, own in zip(prefix.layers_kv, state_kv, strict=True))
+        )
 
 
 class BoundGemmaExpert:
@@ -70,19 +99,28 @@ class BoundGemmaExpert:
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
         expert = self.expert
         dtype = self.layers_kv[0][0].dtype
-        horizon = x_BHA.shape[1]
-
-        condition_BD = embed_noise_level(noise_level_B, expert.width).to(dtype)
-        condition_BD = functional.silu(expert.time_mlp_out(functional.silu(expert.time_mlp_in(condition_BD))))
-
-        # Action tokens are placed after the prefix's valid tokens.
-        positions_BH = self.mask_BP.sum(-1, keepdim=True) + torch.arange(horizon, device=x_BHA.device)
-        angles = rotary_angles(positions_BH, expert.head_dim)
-        own_mask_BH = self.mask_BP.new_ones(x_BHA.shape[0], horizon)
-        mask_B1HN = torch.cat([self.mask_BP, own_mask_BH], dim=1)[:, None, None, :].expand(-1, 1, horizon, -1)
-
+        level_BD = embed_noise_level(noise_level_B, expert.config.gemma.width).to(dtype)
         x_BHD = expert.action_in_proj(x_BHA.to(dtype))
-        for layer, keys_values in zip(expert.layers, self.layers_kv, strict=True):
-            x_BHD, _ = layer(x_BHD, angles, mask_B1HN, prefix=keys_values, condition_BD=condition_BD)
+        condition_BD = None
+        if expert.config.noise_level == "adaptive_norm":
+            condition_BD = functional.silu(expert.time_mlp_out(functional.silu(expert.time_mlp_in(level_BD))))
+        else:
+            x_BHD = torch.cat([x_BHD, level_BD[:, None].expand_as(x_BHD)], dim=-1)
+            x_BHD = expert.action_time_mlp_out(functional.silu(expert.action_time_mlp_in(x_BHD)))
+        x_BHD, _ = self.through_layers(x_BHD, condition_BD)
         x_BHD, _ = expert.norm(x_BHD, condition_BD)
         return expert.action_out_proj(x_BHD).float()
+
+    def through_layers(self, x_BND: Tensor, condition_BD: Tensor | None) -> tuple[Tensor, list[KeysValues]]:
+        """Tokens that see what is bound and one another: the last layer's output, and every layer's keys and values."""
+        num_tokens = x_BND.shape[1]
+        # They are placed after the prefix's valid tokens.
+        positions_BN = self.mask_BP.sum(-1, keepdim=True) + torch.arange(num_tokens, device=x_BND.device)
+        angles = rotary_angles(positions_BN, self.expert.config.gemma.head_dim)
+        own_mask_BN = self.mask_BP.new_ones(x_BND.shape[0], num_tokens)
+        mask_B1NP = torch.cat([self.mask_BP, own_mask_BN], dim=1)[:, None, None, :].expand(-1, 1, num_tokens, -1)
+        own = []
+        for layer, keys_values in zip(self.expert.layers, self.layers_kv, strict=True):
+            x_BND, layer_kv = layer(x_BND, angles, mask_B1NP, prefix=keys_values, condition_BD=condition_BD)
+            own.append(layer_kv)
+        return x_BND, own

@@ -1,4 +1,4 @@
-"""Root-mean-square norms as Gemma has them: the scale is `1 + weight`, statistics in float32."""
+"""Root-mean-square norms of Gemma and Llama; statistics in float32."""
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,16 @@ def _rms_normalised(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * (1 + weight)`. Returns `(normalised, None)`: there is no gate on the residual."""
+    """`x / rms(x) * (offset + weight)`: Gemma's offset is 1, Llama's 0. Returns `(normalised, None)`: no gate."""
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, *, offset: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(width))
+        self.offset = offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        normalised = _rms_normalised(x, self.eps) * (1 + self.weight.float())
+        normalised = _rms_normalised(x, self.eps) * (self.offset + self.weight.float())
         return normalised.to(x.dtype), None
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..experts.bound_expert import BoundExpert
+from ..experts.expert import BoundExpert
 from .draws import DrawKeys
 from .objective import Draw, Loss
 

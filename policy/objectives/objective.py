@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..experts.bound_expert import BoundExpert
+from ..experts.expert import BoundExpert
 from .draws import DrawKeys
 
 

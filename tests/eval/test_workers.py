@@ -226,12 +226,12 @@ def test_the_wrong_instruction_needs_another():
 
 def test_noise_is_the_keys_and_the_decisions():
     first, second = (spec.key for spec in specs()[:2])
-    noise_HA = noise_for(first, 0, 10, 7)
+    noise_HA = noise_for(first, 0, (10, 7))
     assert noise_HA.shape == (10, 7) and noise_HA.dtype == np.float32
-    np.testing.assert_array_equal(noise_HA, noise_for(first, 0, 10, 7))
-    assert not np.array_equal(noise_HA, noise_for(first, 1, 10, 7))
-    assert not np.array_equal(noise_HA, noise_for(second, 0, 10, 7))
-    many = np.concatenate([noise_for(first, k, 50, 7) for k in range(50)])
+    np.testing.assert_array_equal(noise_HA, noise_for(first, 0, (10, 7)))
+    assert not np.array_equal(noise_HA, noise_for(first, 1, (10, 7)))
+    assert not np.array_equal(noise_HA, noise_for(second, 0, (10, 7)))
+    many = np.concatenate([noise_for(first, k, (50, 7)) for k in range(50)])
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
 
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from vlatune.data.batch import Observation, Prompts
-from vlatune.policy.backbones.paligemma import PaliGemma, PaliGemmaConfig, SiglipConfig
+from vlatune.policy.backbones.paligemma import PaliGemma, PaliGemmaConfig
+from vlatune.policy.backbones.siglip import SiglipConfig
 from vlatune.policy.experts.gemma import BoundGemmaExpert, GemmaExpert, GemmaExpertConfig
-from vlatune.policy.layers.gemma import GemmaConfig
+from vlatune.policy.layers.decoder import DecoderConfig
 from vlatune.policy.objectives.flow import Flow
 from vlatune.policy.objectives.objective import Draw
 
@@ -45,14 +46,17 @@ def model_and_io():
                 depth=vision["num_hidden_layers"],
                 num_heads=vision["num_attention_heads"],
             ),
-            text=GemmaConfig(**sizes["vlm"]),
+            text=DecoderConfig(**sizes["vlm"]),
         ),
         vocab_size=sizes["vocab"],
         encoder_width=None,
         state_dim=32,
         cameras=("image0", "image1"),
+        reads="kv",
     )
-    expert = GemmaExpert(GemmaExpertConfig(gemma=GemmaConfig(**sizes["expert"])), action_dim=32)
+    expert = GemmaExpert(
+        GemmaExpertConfig(gemma=DecoderConfig(**sizes["expert"])), prefix=backbone.shape, horizon=10, action_dim=32
+    )
     model = torch.nn.ModuleDict({"backbone": backbone, "expert": expert})
     weights = {
         renamed(name): tensor
@@ -64,7 +68,7 @@ def model_and_io():
     cameras = ("image0", "image1")
     observation = Observation(
         images={camera: io[camera].permute(0, 2, 3, 1)[:, None] for camera in cameras},
-        image_mask={camera: io[f"image_mask{camera[-1]}"] for camera in cameras},
+        image_mask={camera: io[f"image_mask{camera[-1]}"][:, None] for camera in cameras},
         state_BTS=io["state"][:, None],
         prompts=Prompts(ids_BL=io["tokens"], mask_BL=io["token_mask"]),
     )

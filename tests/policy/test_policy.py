@@ -38,7 +38,7 @@ def test_what_is_masked_changes_neither_loss_nor_gradient():
         observation=dataclasses.replace(
             observation,
             images={
-                camera: torch.where(observation.image_mask[camera][:, None, None, None, None], image, 255 - image)
+                camera: torch.where(observation.image_mask[camera][..., None, None, None], image, 255 - image)
                 for camera, image in observation.images.items()
             },
             prompts=dataclasses.replace(
@@ -110,7 +110,7 @@ def test_an_absent_camera_is_not_computed_and_equals_a_masked_one():
         image_mask={"agentview": observation.image_mask["agentview"]},
     )
     masked = dataclasses.replace(
-        observation, image_mask={**observation.image_mask, "eye_in_hand": torch.zeros(3, dtype=torch.bool)}
+        observation, image_mask={**observation.image_mask, "eye_in_hand": torch.zeros(3, 1, dtype=torch.bool)}
     )
     noise = torch.randn(3, *policy.action_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

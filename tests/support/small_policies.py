@@ -32,6 +32,7 @@ def make_policy(seed: int = 0) -> Policy:
         robot="libero_panda",
         state_dim=8,
         action_dim=7,
+        control_hz=20.0,
         cameras=CAMERAS,
         image_rule=ImageRule(size_px=16),
         vocab_size=512,
@@ -58,7 +59,7 @@ def make_batch(batch: int = 3, horizon: int = 4, seed: int = 0) -> Batch:
     return Batch(
         observation=Observation(
             images={camera: torch.from_numpy(images[i]) for i, camera in enumerate(CAMERAS)},
-            image_mask={CAMERAS[0]: torch.ones(batch, dtype=torch.bool), CAMERAS[1]: wrist},
+            image_mask={CAMERAS[0]: torch.ones(batch, 1, dtype=torch.bool), CAMERAS[1]: wrist[:, None]},
             state_BTS=torch.from_numpy(random.normal(size=(batch, 1, 8)).astype(np.float32)),
             prompts=Prompts(
                 ids_BL=torch.from_numpy(random.integers(1, 32, (batch, 8))),

@@ -14,6 +14,7 @@ class FakePolicy:
     observation_offsets = (0,)
     horizon = 10
     action_dim = 7
+    noise_shape = (10, 7)
     num_sampling_steps = 4
     robot = "libero_panda"
     device = "cpu"

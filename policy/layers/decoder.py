@@ -1,4 +1,4 @@
-"""The transformer block that PaliGemma's language model and the action experts share.
+"""The transformer block that the language models of the backbones and the action experts on top of them share.
 
 A block is used in two halves of one attention: a prefix computes its keys and values once, an expert's tokens attend to
 them and to themselves. That is exactly joint attention, because prefix tokens never look at the expert's.
@@ -6,7 +6,10 @@ them and to themselves. That is exactly joint attention, because prefix tokens n
 Shape letters: B batch, N own tokens, P prefix tokens, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,15 @@ from .rotary import rotate
 KeysValues = tuple[Tensor, Tensor]
 """Two tensors (B, num_kv_heads, N, head_dim); the keys are already rotated to their positions."""
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gemma": partial(functional.gelu, approximate="tanh"),
+    "llama": functional.silu,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class GemmaConfig:
-    """Sizes of one Gemma-style transformer."""
+class DecoderConfig:
+    """Sizes of one transformer, and which family's details it has."""
 
     width: int
     """Features of a token."""
@@ -35,6 +43,10 @@ class GemmaConfig:
     """Key and value heads; each serves num_heads / num_kv_heads query heads."""
     head_dim: int
     """Features of a head."""
+    family: Literal["gemma", "llama"] = "gemma"
+    """Gemma: the feed-forward's gate is a GELU (tanh), a norm scales by 1 + weight. Llama: SiLU, and weight."""
+    norm_eps: float = 1e-6
+    """Added to the mean square."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -48,14 +60,18 @@ class GemmaConfig:
         return self.depth, self.num_kv_heads, self.head_dim
 
 
-GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
-GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_2B = DecoderConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = DecoderConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+
+
+def make_norm(config: DecoderConfig) -> RMSNorm:
+    return RMSNorm(config.width, config.norm_eps, offset=1.0 if config.family == "gemma" else 0.0)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, split so that keys and values can be computed apart."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
@@ -63,17 +79,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def heads(self, x_BND: Tensor) -> Tensor:
+        """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
+        return x_BND.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:
-        return rotate(self._heads(self.k_proj(x_BND)), angles), self._heads(self.v_proj(x_BND))
+        return rotate(self.heads(self.k_proj(x_BND)), angles), self.heads(self.v_proj(x_BND))
 
     def forward(
         self, x_BND: Tensor, angles: tuple[Tensor, Tensor], keys_values: KeysValues, mask_B1NP: Tensor | None
     ) -> Tensor:
         """Attend from `x` to `keys_values`; `mask` is True where a query may look."""
-        queries = rotate(self._heads(self.q_proj(x_BND)), angles)
+        queries = rotate(self.heads(self.q_proj(x_BND)), angles)
         keys, values = keys_values
         attended = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask_B1NP, enable_gqa=queries.shape[1] != keys.shape[1]
@@ -82,27 +99,27 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Gemma's feed-forward: `down(gelu_tanh(gate(x)) * up(x))`."""
+    """The feed-forward: `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
+        self.activation = ACTIVATIONS[config.family]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-class GemmaBlock(nn.Module):
+class DecoderBlock(nn.Module):
     """One layer: norm, attention, norm, feed-forward. `adaptive` norms are conditioned and gate the residuals."""
 
-    def __init__(self, config: GemmaConfig, *, adaptive: bool) -> None:
+    def __init__(self, config: DecoderConfig, *, adaptive: bool = False) -> None:
         super().__init__()
-        norm = AdaRMSNorm if adaptive else RMSNorm
-        self.input_layernorm = norm(config.width)
+        self.input_layernorm = AdaRMSNorm(config.width, config.norm_eps) if adaptive else make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = norm(config.width)
+        self.post_attention_layernorm = AdaRMSNorm(config.width, config.norm_eps) if adaptive else make_norm(config)
         self.mlp = GatedMLP(config)
 
     def forward(
@@ -117,12 +134,17 @@ class GemmaBlock(nn.Module):
         """The layer's output and its own keys and values. With a `prefix`, attention runs over prefix and own tokens."""
         normed_BND, gate = self.input_layernorm(x_BND, condition_BD)
         own = self.self_attn.keys_values(normed_BND, angles)
-        visible = own
-        if prefix is not None:
-            visible = (torch.cat([prefix[0], own[0]], dim=2), torch.cat([prefix[1], own[1]], dim=2))
+        visible = own if prefix is None else appended(prefix, own)
         x_BND = _gated_residual(x_BND, self.self_attn(normed_BND, angles, visible, mask_B1NP), gate)
         normed_BND, gate = self.post_attention_layernorm(x_BND, condition_BD)
         return _gated_residual(x_BND, self.mlp(normed_BND), gate), own
+
+    def cross(
+        self, x_BND: Tensor, angles: tuple[Tensor, Tensor], keys_values: KeysValues, mask_B1NP: Tensor | None
+    ) -> Tensor:
+        """The layer's output where its tokens attend to `keys_values` alone."""
+        x_BND = x_BND + self.self_attn(self.input_layernorm(x_BND)[0], angles, keys_values, mask_B1NP)
+        return x_BND + self.mlp(self.post_attention_layernorm(x_BND)[0])
 
     def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:
         """Only what a reader of this layer's cache needs: no queries, no output, no feed-forward."""
@@ -131,6 +153,11 @@ class GemmaBlock(nn.Module):
     def output_only_modules(self) -> tuple[nn.Module, ...]:
         """What `keys_values` does without."""
         return self.self_attn.q_proj, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp
+
+
+def appended(prefix: KeysValues, own: KeysValues) -> KeysValues:
+    """The keys and values of both, the prefix's first."""
+    return torch.cat([prefix[0], own[0]], dim=2), torch.cat([prefix[1], own[1]], dim=2)
 
 
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -1,0 +1,30 @@
+"""What every action expert is, and the seam between experts and objectives."""
+
+from collections.abc import Collection
+from typing import Protocol, Self
+
+from torch import Tensor, nn
+
+from ..prefix import Prefix
+
+
+class BoundExpert(Protocol):
+    """An action expert bound to one batch of observations; the prefix has been encoded once."""
+
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+        """(B, H, A) and (B,) in [0, 1], 1 = pure noise -> (B, H, A) float32. What it means is the objective's choice."""
+
+    def fan_out(self, num_candidates: int) -> Self:
+        """The same expert over B * num_candidates rows; row b * num_candidates + k reads the prefix of row b."""
+
+
+class Expert(Protocol):
+    """A module, built as `GemmaExpert(config, prefix=…, horizon=…, action_dim=…)` with the backbone's `PrefixShape`, H and A
+    (of the model's vectors, which may be wider than the robot's); raises ValueError where they do not fit. Its config's
+    `reads` names the part of the prefix that it reads."""
+
+    def bind(self, prefix: Prefix) -> BoundExpert:
+        """Compute once what depends on the observation and on the expert's own weights."""
+
+    def unread_parameters(self) -> Collection[nn.Parameter]:
+        """Parameters that no output depends on: kept in checkpoints, without gradients."""
