@@ -27,6 +27,7 @@ setup(
         "accelerate>=1.10",
         "deepspeed>=0.19.8",  # 0.18.5 and .6 recount every parameter in each gradient hook: 100 x slower backward
         "transformers>=5.5",  # SigLIP and T5; 5.x module names
+        "diffusers>=0.32",  # schedulers of DDIM and DPM-Solver++
         "peft>=0.17",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

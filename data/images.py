@@ -14,6 +14,9 @@ import numpy as np
 from PIL import Image
 
 Orientation = Literal["rot180", "flipud", "raw"]
+Padding = Literal["centre", "left_top"]
+Resize = Literal["pil_bilinear", "pil_bicubic", "torch_bilinear"]
+PIL_FILTERS = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,16 @@ class ImageRule:
     """Side of the square, in pixels."""
     background: tuple[int, int, int] = (0, 0, 0)
     """Colour (red, green, blue; 0 to 255) of the padding that makes a picture square."""
+    padding: Padding = "centre"
+    """Where the padding goes: around the middle (π0, π0.5, RDT), or all of it on the left and the top (SmolVLA)."""
+    resize: Resize = "pil_bilinear"
+    """How pictures change their size: PIL's bilinear (openpi) or bicubic (SigLIP's own, so RDT), both after padding and
+    with antialiasing; or torch's bilinear without it, before padding (LeRobot)."""
 
     def __post_init__(self) -> None:
-        if self.orientation not in get_args(Orientation):
-            raise ValueError(f"orientation is {self.orientation!r}; it can be {', '.join(get_args(Orientation))}")
+        for name, allowed in (("orientation", Orientation), ("padding", Padding), ("resize", Resize)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(get_args(allowed))}")
         if self.size_px < 1:
             raise ValueError(f"size_px is {self.size_px}; it must be at least 1")
         if len(self.background) != 3 or any(not 0 <= value <= 255 for value in self.background):
@@ -39,21 +48,38 @@ class ImageRule:
     def prepare(self, images_NHWC: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8, as the camera gave them -> (N, size_px, size_px, 3) uint8, contiguous.
 
-        Odd padding puts the extra row or column at the end. Pictures that have the size already are only turned. The
-        resize is PIL's bilinear one (with its antialiasing when shrinking), as in openpi. Raises `ValueError` for another
-        dtype or shape."""
+        Odd padding around the middle puts the extra row or column at the end. Pictures that have the size already are only
+        turned. Raises `ValueError` for another dtype or shape."""
         if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3:
             raise ValueError(
                 f"images are {images_NHWC.dtype} of shape {images_NHWC.shape}; they must be uint8 of shape (N, rows, columns, 3)"
             )
-        squares_NHWC = self._padded(self._turned(images_NHWC))
+        images_NHWC = self._turned(images_NHWC)
+        if self.resize == "torch_bilinear":
+            return np.ascontiguousarray(self._padded(self._fitted(images_NHWC), self.size_px))
+        squares_NHWC = self._padded(images_NHWC, max(images_NHWC.shape[1:3]))
         if squares_NHWC.shape[1] == self.size_px:
             return np.ascontiguousarray(squares_NHWC)
         resized_NHWC = np.empty((len(squares_NHWC), self.size_px, self.size_px, 3), np.uint8)
         for n, image_HWC in enumerate(squares_NHWC):
             picture = Image.fromarray(np.ascontiguousarray(image_HWC))
-            resized_NHWC[n] = np.asarray(picture.resize((self.size_px, self.size_px), Image.Resampling.BILINEAR))
+            resized_NHWC[n] = np.asarray(picture.resize((self.size_px, self.size_px), PIL_FILTERS[self.resize]))
         return resized_NHWC
+
+    def _fitted(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """The longer side is `size_px` after it, or one less where LeRobot's arithmetic rounds down; rounded to uint8, where LeRobot
+        goes on in float."""
+        import torch  # not for the simulators' processes
+
+        rows, columns = images_NHWC.shape[1:3]
+        ratio = max(rows, columns) / self.size_px
+        if ratio == 1:
+            return images_NHWC
+        images = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float()
+        size = (int(rows / ratio), int(columns / ratio))
+        fitted = torch.nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        array: np.ndarray = fitted.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        return array
 
     def _turned(self, images_NHWC: np.ndarray) -> np.ndarray:
         match self.orientation:
@@ -64,12 +90,13 @@ class ImageRule:
             case "raw":
                 return images_NHWC
 
-    def _padded(self, images_NHWC: np.ndarray) -> np.ndarray:
+    def _padded(self, images_NHWC: np.ndarray, side: int) -> np.ndarray:
         num_images, rows, columns, _ = images_NHWC.shape
-        if rows == columns:
+        if rows == columns == side:
             return images_NHWC
-        side = max(rows, columns)
-        top, left = (side - rows) // 2, (side - columns) // 2
+        top, left = side - rows, side - columns
+        if self.padding == "centre":
+            top, left = top // 2, left // 2
         squares_NHWC = np.empty((num_images, side, side, 3), np.uint8)
         squares_NHWC[:] = np.array(self.background, np.uint8)
         squares_NHWC[:, top : top + rows, left : left + columns] = images_NHWC

@@ -65,6 +65,12 @@ class Language:
         language = cls(ids, features, {})
         return cls(ids, features, {text: language._new_entry(text, embedded=features is not None) for text in distinct})
 
+    @classmethod
+    def without_texts(cls, tokenizer: str, encoder: str = "none") -> Self:
+        """A public tokenizer (and T5), for texts that are not known yet. Raises `DataError` when one cannot be reached."""
+        ids = build_tokenizer(tokenizer, ())
+        return cls(ids, build_encoder(encoder, tokenizer, ids.vocab_size), {})
+
     @property
     def identity(self) -> dict[str, Any]:
         """JSON: what makes two languages give the same ids and features for any text."""
@@ -72,6 +78,12 @@ class Language:
             "tokenizer": dict(self._tokenizer.identity),
             "encoder": None if self._encoder is None else dict(self._encoder.identity),
         }
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """A public tokenizer's name or folder; None for one that was trained on the instructions."""
+        name: str | None = self._tokenizer.identity.get("name")
+        return name
 
     @property
     def vocab_size(self) -> int:
@@ -120,8 +132,8 @@ class Language:
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(folder)
         known = [self._table[text] for text in self.known_texts]
-        tensors = {"ids": torch.cat([entry.ids_L for entry in known])}
-        if self._encoder is not None:
+        tensors = {"ids": torch.cat([torch.empty(0, dtype=torch.int64), *(entry.ids_L for entry in known)])}
+        if self._encoder is not None and known:
             tensors["embeddings"] = torch.cat([e.embedding_LE for e in known if e.embedding_LE is not None])
         write_whole(folder / "table.safetensors", save(tensors))
         texts = [{"text": text, "num_tokens": len(self._table[text].ids_L)} for text in self.known_texts]

@@ -39,6 +39,15 @@ class FieldStatistics:
     count: int
     """Rows; 0 where a public checkpoint does not say."""
 
+    @property
+    def num_dims(self) -> int:
+        """Raises ValueError where nothing is known."""
+        known = (self.mean, self.std, self.min, self.max, self.q01, self.q99)
+        for values in known:
+            if values is not None:
+                return len(values)
+        raise ValueError("these statistics are empty: give a normalisation.json or a cache's statistics.json")
+
     @classmethod
     def compute(cls, rows_ND: np.ndarray, row_index: np.ndarray | None = None) -> Self:
         """Exact, in float64, one column in memory at a time; `rows_ND` may be a memory map.

@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from .episodes import DataError, EpisodeSource
-from .images import ImageRule, Orientation
+from .images import ImageRule, Orientation, Padding, Resize
 from .sources.libero_hdf5 import LiberoHdf5Source, ObservationTiming
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class PrepareConfig:
     """How stored images are turned: rot180 (as openpi and OpenVLA train on LIBERO), flipud or raw."""
     background: tuple[int, int, int] = (0, 0, 0)
     """Colour (red, green, blue) that pads images that are not square."""
+    padding: Padding = "centre"
+    """Where the padding goes: around the middle, or left_top (as SmolVLA was trained)."""
+    resize: Resize = "pil_bilinear"
+    """How images change their size: pil_bilinear (openpi), pil_bicubic (SigLIP's own, so RDT) or torch_bilinear (LeRobot)."""
     validation_share: float = 0.1
     """Share of each task's episodes kept out of training (at least one where a task has two)."""
     tokenizer: str = "trained"
@@ -52,7 +56,13 @@ class PrepareConfig:
 
     @property
     def image_rule(self) -> ImageRule:
-        return ImageRule(orientation=self.orientation, size_px=self.image_px, background=self.background)
+        return ImageRule(
+            orientation=self.orientation,
+            size_px=self.image_px,
+            background=self.background,
+            padding=self.padding,
+            resize=self.resize,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,6 +71,8 @@ class PrepareConfig:
             "image_px": self.image_px,
             "orientation": self.orientation,
             "background": list(self.background),
+            "padding": self.padding,
+            "resize": self.resize,
             "validation_share": self.validation_share,
             "tokenizer": self.tokenizer,
             "encoder": self.encoder,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ import torch
 from ..data.batch import Observation, RawObservation
 from ..data.language import Language
 from ..data.prompt import prompt_text
-from .checkpoints.folder import read_policy
+from .checkpoints.folder import read_policy, weights_digest
+from .checkpoints.public import PublicOptions, build_policy, embodiment_of_public, is_public, read_public
 from .policy import Policy
 
 
@@ -26,6 +28,7 @@ class ActingPolicy:
         self.robot = policy.embodiment.robot
         self.observation_offsets = policy.config.observation_offsets
         self.horizon, self.action_dim = policy.action_shape
+        self._random = np.random.default_rng()
 
     @property
     def num_sampling_steps(self) -> int:
@@ -41,10 +44,22 @@ class ActingPolicy:
         """(H, A) of the noise that `act` takes; wider than a chunk where a pretrained policy's vectors are."""
         return self.policy.noise_shape
 
-    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray) -> np.ndarray:
-        """(B, H, robot's action dims) float32 actions in raw units. `noise_BHA` is standard normal, (B, *noise_shape).
+    @overload
+    def act(self, observations: RawObservation, noise_BHA: np.ndarray | None = None) -> np.ndarray: ...
+    @overload
+    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray | None = None) -> np.ndarray: ...
+    def act(
+        self, observations: RawObservation | Sequence[RawObservation], noise_BHA: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(B, H, robot's action dims) float32 actions in raw units; (H, dims) for one observation that is no sequence.
 
-        Raises ValueError if an observation lacks a camera or has another number of observation offsets or state dims."""
+        `noise_BHA` is standard normal, (B, *noise_shape); None draws it. Raises ValueError if an observation lacks a camera or has
+        another number of observation offsets or state dims."""
+        if isinstance(observations, RawObservation):
+            chunk: np.ndarray = self.act([observations], noise_BHA)[0]
+            return chunk
+        if noise_BHA is None:
+            noise_BHA = self._random.standard_normal((len(observations), *self.noise_shape), dtype=np.float32)
         num_offsets, state_dim = len(self.observation_offsets), self.policy.embodiment.state_dim
         for raw in observations:
             missing = set(self.cameras) - raw.images.keys()
@@ -85,8 +100,22 @@ class ActingPolicy:
         )
 
 
-def load_policy(path: Path, *, device: str = "auto") -> ActingPolicy:
-    """The policy of a checkpoint folder, ready to act. `device` is a torch device, or `auto`: CUDA where there is one."""
+def load_policy(path: Path | str, *, device: str = "auto", public: PublicOptions | None = None) -> ActingPolicy:
+    """The policy of a checkpoint folder, ours or a public one, ready to act.
+
+    `device` is a torch device, or `auto`: CUDA where there is one. `public` tells what a public checkpoint does not say itself: the
+    robot's camera names, how its pictures are turned, statistics. Raises DataError with what is missing."""
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    policy, language, weights_hash = read_policy(path)
+    policy, language, weights_hash = read_any_policy(Path(path), public)
     return ActingPolicy(policy, language, weights_hash=weights_hash, device=chosen)
+
+
+def read_any_policy(folder: Path, public: PublicOptions | None = None) -> tuple[Policy, Language, str]:
+    """The policy, float32 on the CPU, its language and its weights' hash, from a checkpoint of ours or a public one."""
+    if not is_public(folder):
+        return read_policy(folder)
+    options = public or PublicOptions()
+    checkpoint = read_public(folder, options)
+    policy = build_policy(checkpoint, embodiment_of_public(checkpoint, options))
+    encoder = checkpoint.tokenizer if policy.config.backbone.reads_embeddings else "none"
+    return policy, Language.without_texts(checkpoint.tokenizer, encoder), weights_digest(policy.state_dict())

@@ -34,6 +34,9 @@ class TrainConfig:
     out: Path
     """The run's folder; a run found there is resumed."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    pretrained: tuple[str, ...] = ()
+    """Folders or hub names that the first weights come from: checkpoints of ours, π0, π0.5, SmolVLA or RDT-1B, plain PaliGemma,
+    SmolVLM, SigLIP or CLIP; a later one overrides an earlier one. What none of them has starts from random weights, and is named."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     num_steps: int = 30_000
     """Optimizer steps."""

@@ -1,9 +1,7 @@
 """PaliGemma-shaped backbone: a SigLIP tower, a linear projector and a Gemma prefix over image and prompt tokens.
 
 From the sizes of PaliGemma-2B down to a few hundred thousand parameters it is the same code. Prefix tokens attend to one
-another in both directions. Most experts read their keys and values, layer by layer; then the last layer computes only
-those: its queries, output and feed-forward (and the final norm) have no reader and stay frozen. An expert that reads the
-last layer's features keeps them alive.
+another in both directions.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import Observation
-from ..layers.decoder import GEMMA_2B, DecoderBlock, DecoderConfig, make_norm
-from ..layers.rotary import rotary_angles
+from ..layers.decoder import GEMMA_2B, DecoderConfig
 from ..prefix import Prefix, PrefixPart, PrefixShape
-from .siglip import SiglipConfig, encode_cameras, make_vision_tower, present_cameras
+from .language_model import LanguageModel, table_rows
+from .siglip import SiglipConfig, camera_tokens, encode_cameras, make_vision_tower, present_cameras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,44 +46,6 @@ class PaliGemmaConfig:
         return self.language == "encoder"
 
 
-class LanguageModel(nn.Module):
-    """A decoder without its vocabulary head: token table, layers, final norm."""
-
-    def __init__(self, config: DecoderConfig, vocab_size: int | None) -> None:
-        super().__init__()
-        if vocab_size is not None:
-            self.embed_tokens = nn.Embedding(vocab_size, config.width)
-            nn.init.normal_(self.embed_tokens.weight, std=config.width**-0.5)
-        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = make_norm(config)
-
-    def layers_kv(
-        self, x_BPD: Tensor, angles: tuple[Tensor, Tensor], mask_B1PP: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Every layer's keys and values; the last layer computes nothing else."""
-        layers_kv = []
-        *blocks, last = self.layers
-        for block in blocks:
-            x_BPD, keys_values = block(x_BPD, angles, mask_B1PP)
-            layers_kv.append(keys_values)
-        return (*layers_kv, last.keys_values(x_BPD, angles))  # type: ignore[operator]
-
-    def features(self, x_BPD: Tensor, angles: tuple[Tensor, Tensor], mask_B1PP: Tensor) -> Tensor:
-        """The last layer's normed output, (B, P, D)."""
-        for block in self.layers:
-            x_BPD, _ = block(x_BPD, angles, mask_B1PP)
-        features_BPD: Tensor = self.norm(x_BPD)[0]
-        return features_BPD
-
-    def unread_parameters(self, reads: PrefixPart) -> list[nn.Parameter]:
-        """What has no reader where only keys and values are read."""
-        if reads == "tokens":
-            return []
-        last = self.layers[-1]
-        assert isinstance(last, DecoderBlock)
-        return [parameter for module in (*last.output_only_modules(), self.norm) for parameter in module.parameters()]
-
-
 class PaliGemma(nn.Module):
     """See `Backbone`."""
 
@@ -108,8 +68,8 @@ class PaliGemma(nn.Module):
         self.shape = PrefixShape(kv=config.text.kv_shape, tokens=dict.fromkeys(kinds, width), state_dim=state_dim)
         self.vision_tower = make_vision_tower(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.width, width)
-        table_size = config.vocab_size or vocab_size
-        self.language_model = LanguageModel(config.text, table_size if config.language == "tokens" else None)
+        rows = table_rows(config.vocab_size, vocab_size) if config.language == "tokens" else None
+        self.language_model = LanguageModel(config.text, rows)
         if config.reads_embeddings:
             if encoder_width is None:
                 raise ValueError(
@@ -129,24 +89,7 @@ class PaliGemma(nn.Module):
         if self.config.state == "token":
             token_B1D = self.state_proj(state_BTS[:, -1:].to(self.state_proj.weight.dtype))
             parts["state"] = (token_B1D, torch.ones_like(token_B1D[..., 0], dtype=torch.bool))
-        x_BPD = torch.cat([features for features, _ in parts.values()], dim=1)
-        mask_BP = torch.cat([mask for _, mask in parts.values()], dim=1)
-
-        positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-        angles = rotary_angles(positions_BP, self.config.text.head_dim)
-        mask_B1PP = mask_BP[:, None, None, :].expand(-1, 1, mask_BP.shape[1], -1)
-        if self.reads == "kv":
-            return Prefix(mask_BP=mask_BP, layers_kv=self.language_model.layers_kv(x_BPD, angles, mask_B1PP))
-        features_BPD = self.language_model.features(x_BPD, angles, mask_B1PP)
-        lengths = [mask.shape[1] for _, mask in parts.values()]
-        return Prefix(
-            tokens={
-                kind: (features, mask)
-                for kind, features, (_, mask) in zip(
-                    parts, features_BPD.split(lengths, dim=1), parts.values(), strict=True
-                )
-            }
-        )
+        return self.language_model.prefix(parts, self.reads)
 
     def _image_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Features (B, C * N, D) and mask of all present cameras."""
@@ -155,9 +98,7 @@ class PaliGemma(nn.Module):
         if self.config.camera_embedding:
             index = torch.tensor([self.cameras.index(camera) for camera in present], device=features_CBND.device)
             features_CBND = features_CBND + self.camera_embedding(index)[:, None, None]
-        num_tokens = features_CBND.shape[2]
-        mask_BC = torch.stack([observation.image_mask[camera][:, -1] for camera in present], dim=1)
-        return features_CBND.transpose(0, 1).flatten(1, 2), mask_BC.repeat_interleave(num_tokens, dim=1)
+        return camera_tokens(features_CBND, observation, present)
 
     def _language_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         prompts = observation.prompts

@@ -101,3 +101,10 @@ def encode_cameras(tower: SiglipVisionModel, observation: Observation, cameras: 
     pixels = torch.stack([observation.images[camera][:, -1] for camera in cameras])
     features = tower(as_pixels(pixels, tower.dtype).flatten(0, 1)).last_hidden_state
     return features.unflatten(0, (len(cameras), -1))
+
+
+def camera_tokens(features_CBND: Tensor, observation: Observation, cameras: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Camera after camera: features (B, C * N, D) and mask (B, C * N)."""
+    mask_BC = torch.stack([observation.image_mask[camera][:, -1] for camera in cameras], dim=1)
+    mask_BN = mask_BC.repeat_interleave(features_CBND.shape[2], dim=1)
+    return features_CBND.transpose(0, 1).flatten(1, 2), mask_BN

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,15 +28,21 @@ from ...data.normalise import Statistics
 from ..config import Embodiment, PolicyConfig
 from ..policy import Policy
 from .layout import COMPLETE
+from .weight_files import load_strict
 
 FORMAT_VERSION = 2
 Config = TypeVar("Config")
 
 
 def write_policy(
-    folder: Path, policy: Policy, weights: Mapping[str, Tensor], language: Path, provenance: Mapping[str, Any]
+    folder: Path,
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    language: Path | Language,
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Write all but COMPLETE into an existing folder. `weights` are the policy's, gathered and on any device."""
+    """Write all but COMPLETE into an existing folder. `weights` are the policy's, gathered and on any device; `language` is one
+    that was loaded, or the folder of one."""
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
     )
@@ -47,7 +54,10 @@ def write_policy(
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     policy.statistics.save(folder / "normalisation.json")
-    shutil.copytree(language, folder / "language", dirs_exist_ok=True)
+    if isinstance(language, Language):
+        language.save(folder / "language")
+    else:
+        shutil.copytree(language, folder / "language", dirs_exist_ok=True)
 
 
 def read_policy(folder: Path) -> tuple[Policy, Language, str]:
@@ -70,23 +80,19 @@ def read_policy(folder: Path) -> tuple[Policy, Language, str]:
         Statistics.load(folder / "normalisation.json"),
     )
     weights_file = folder / "model.safetensors"
-    weights = load_file(weights_file)
-    expected = policy.state_dict()
-    wrong = [
-        *(f"{name} is missing" for name in expected.keys() - weights.keys()),
-        *(f"{name} is not part of the policy" for name in weights.keys() - expected.keys()),
-        *(
-            f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ),
-    ]
-    if wrong:
-        raise DataError(f"{weights_file} does not fit its config.json: {min(wrong)} ({len(wrong)} such tensors)")
-    policy.load_state_dict(weights)
+    load_strict(policy, load_file(weights_file), weights_file)
     with weights_file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return policy, Language.load(folder / "language"), digest[:16]
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Names the weights of a policy that is in no file of ours."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _parsed(kind: type[Config], stored: object, folder: Path) -> Config:

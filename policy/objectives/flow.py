@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..experts.expert import BoundExpert
 from .draws import DrawKeys
-from .objective import Draw, Loss
+from .objective import Draw, Loss, fanned_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,7 @@ class Flow:
         return Draw(noise_BHA=noise_BHA, noise_level_B=level_B)
 
     def loss(self, expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw) -> Loss:
-        num_draws = draw.noise_BHA.shape[0] // actions_BHA.shape[0]
-        if num_draws > 1:
-            expert = expert.fan_out(num_draws)
-            actions_BHA = actions_BHA.repeat_interleave(num_draws, dim=0)
-            valid_BHA = valid_BHA.repeat_interleave(num_draws, dim=0)
+        expert, actions_BHA, valid_BHA = fanned_out(expert, actions_BHA, valid_BHA, draw)
         level_B11 = draw.noise_level_B[:, None, None]
         x_BHA = (1 - level_B11) * actions_BHA + level_B11 * draw.noise_BHA
         velocity_BHA = expert(x_BHA, draw.noise_level_B)

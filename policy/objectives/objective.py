@@ -39,3 +39,17 @@ class Objective(Protocol):
     def loss(self, expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw) -> Loss: ...
 
     def sample(self, expert: BoundExpert, noise_BHA: Tensor) -> Tensor: ...
+
+
+def fanned_out(
+    expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw
+) -> tuple[BoundExpert, Tensor, Tensor]:
+    """Expert, actions and validity with a row for each of the K draws per prefix: (B * K, H, A)."""
+    num_draws = draw.noise_BHA.shape[0] // actions_BHA.shape[0]
+    if num_draws == 1:
+        return expert, actions_BHA, valid_BHA
+    return (
+        expert.fan_out(num_draws),
+        actions_BHA.repeat_interleave(num_draws, dim=0),
+        valid_BHA.repeat_interleave(num_draws, dim=0),
+    )

@@ -74,7 +74,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights.pop("expert.norm.dense.bias")
     save_file(weights, checkpoint / "model.safetensors")
-    with pytest.raises(DataError, match=r"expert\.norm\.dense\.bias is missing \(1 such"):
+    with pytest.raises(DataError, match=r"1 missing \(first: expert\.norm\.dense\.bias\)"):
         load_policy(checkpoint, device="cpu")
 
 

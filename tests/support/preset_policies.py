@@ -1,0 +1,108 @@
+"""A policy of every preset, tiny or full, with batches that it reads."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from vlatune.data.batch import Batch, Observation, Prompts
+from vlatune.data.images import ImageRule
+from vlatune.data.normalise import FieldStatistics, Statistics
+from vlatune.policy.config import Embodiment, PolicyConfig
+from vlatune.policy.policy import Policy
+from vlatune.policy.presets import PRESETS
+
+CAMERAS = ("agentview", "eye_in_hand")
+STATE_DIM, ACTION_DIM, VOCABULARY = 8, 7, 50
+
+
+def statistics(size: int) -> FieldStatistics:
+    return FieldStatistics(
+        mean=(0.5,) * size,
+        std=(1.25,) * size,
+        min=(-2.0,) * size,
+        max=(3.0,) * size,
+        q01=(-2.0,) * size,
+        q99=(3.0,) * size,
+        count=100,
+    )
+
+
+def embodiment_for(config: PolicyConfig, *, encoder_width: int = 40, vocab_size: int = VOCABULARY) -> Embodiment:
+    return Embodiment(
+        robot="libero_panda",
+        state_dim=STATE_DIM,
+        action_dim=ACTION_DIM,
+        control_hz=20.0,
+        cameras=CAMERAS,
+        image_rule=ImageRule(size_px=config.backbone.image_px),
+        vocab_size=vocab_size,
+        encoder_width=encoder_width if config.backbone.reads_embeddings else None,
+    )
+
+
+def make_policy(config: PolicyConfig | str, seed: int = 0) -> Policy:
+    """A tiny preset by name, or any config. No weight is zero: zeros hide mistakes."""
+    if isinstance(config, str):
+        config = PRESETS[config](tiny=True)
+    torch.manual_seed(seed)
+    policy = Policy(
+        config,
+        embodiment_for(config),
+        Statistics(state=statistics(STATE_DIM), actions=statistics(ACTION_DIM)),
+    )
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return policy
+
+
+def make_batch(config: PolicyConfig, batch: int = 3, seed: int = 0) -> Batch:
+    """Prompts of different lengths; the last sample lacks its second camera and its last two action steps."""
+    random = np.random.default_rng(seed)
+    num_offsets, px = len(config.observation_offsets), config.backbone.image_px
+    lengths = np.arange(batch) % 4 + 3
+    valid_BH = torch.ones(batch, config.horizon, dtype=torch.bool)
+    valid_BH[-1, -2:] = False
+    there = torch.ones(batch, num_offsets, dtype=torch.bool)
+    wrist = there.clone()
+    wrist[-1] = False
+    images = random.integers(0, 256, (2, batch, num_offsets, px, px, 3), dtype=np.uint8)
+    embedding_BLE = torch.from_numpy(random.normal(size=(batch, 8, 40)).astype(np.float32))
+    return Batch(
+        observation=Observation(
+            images={camera: torch.from_numpy(images[i]) for i, camera in enumerate(CAMERAS)},
+            image_mask={CAMERAS[0]: there, CAMERAS[1]: wrist},
+            state_BTS=torch.from_numpy(random.normal(size=(batch, num_offsets, STATE_DIM)).astype(np.float32)),
+            prompts=Prompts(
+                ids_BL=torch.from_numpy(random.integers(1, VOCABULARY, (batch, 8))),
+                mask_BL=torch.from_numpy(np.arange(8)[None] < lengths[:, None]),
+                embedding_BLE=embedding_BLE if config.backbone.reads_embeddings else None,
+            ),
+        ),
+        actions_BHA=torch.from_numpy(random.normal(size=(batch, config.horizon, ACTION_DIM)).astype(np.float32)),
+        valid_BH=valid_BH,
+        sample_index_B=torch.arange(100, 100 + batch),
+    )
+
+
+def with_masked_content(batch: Batch) -> Batch:
+    """The same batch with other content wherever a mask says that there is none."""
+    observation = batch.observation
+    prompts = observation.prompts
+    embedding = prompts.embedding_BLE
+    return dataclasses.replace(
+        batch,
+        observation=dataclasses.replace(
+            observation,
+            images={
+                camera: torch.where(observation.image_mask[camera][..., None, None, None], image, 255 - image)
+                for camera, image in observation.images.items()
+            },
+            prompts=dataclasses.replace(
+                prompts,
+                ids_BL=torch.where(prompts.mask_BL, prompts.ids_BL, 7),
+                embedding_BLE=None if embedding is None else torch.where(prompts.mask_BL[..., None], embedding, 3.0),
+            ),
+        ),
+    )
