@@ -52,6 +52,7 @@ def write_lerobot(folder: Path, policy: Policy, *, tokenizer: str | None) -> Non
         config=config,
         tokenizer_name=tokenizer,
         max_length=config["tokenizer_max_length"],
+        near_constant=policy.config.near_constant,
     )
 
 

@@ -89,17 +89,17 @@ def read_normalisation(
     if statistics is None:
         statistics = Statistics(
             # Beside a constant LeRobot's state explodes (it divides by an epsilon); ours moves as a raw number would.
-            state=_with_room(
+            state=with_room(
                 state_source.field(STATE, state_mode, config.get("input_features") or {}),
                 EPSILON,
-                _unit_room,
+                unit_room,
                 constant_at=-1.0,
             ),
             # A constant action comes out constant, whatever the model says.
-            actions=_with_room(
+            actions=with_room(
                 action_source.field(ACTION, action_mode, config.get("output_features") or {}),
                 EPSILON,
-                _hardly_any_room,
+                hardly_any_room,
                 constant_at=-1.0,
             ),
         )
@@ -134,7 +134,7 @@ def write_processors(
     tensors = {
         f"{feature}.{column}": torch.tensor(values, dtype=torch.float32)
         for feature, field in ((STATE, statistics.state), (ACTION, statistics.actions))
-        for column, values in _columns(_with_room(field, near_constant, _unit_room, constant_at=0.0)).items()
+        for column, values in _columns(with_room(field, near_constant, unit_room, constant_at=0.0)).items()
     }
     normalise: Step = (NORMALISER, {"eps": EPSILON, "features": features, "norm_map": norm_map})
     unnormalise: Step = (
@@ -290,7 +290,7 @@ class _Source:
         return f"{len(names)} others: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else "none"
 
 
-def _with_room(
+def with_room(
     field: FieldStatistics, near_constant: float, room: Callable[[float], float], *, constant_at: float
 ) -> FieldStatistics:
     """The same, with `room(value)` on either side of the middle where nothing varies: the one value of such a dimension comes to
@@ -319,11 +319,11 @@ def _around(value: float, room: float, constant_at: float) -> tuple[float, float
     return middle - room, middle + room
 
 
-def _unit_room(value: float) -> float:
+def unit_room(value: float) -> float:
     return 1.0
 
 
-def _hardly_any_room(value: float) -> float:
+def hardly_any_room(value: float) -> float:
     """A power of two, so that adding it to `value` in float32 loses next to nothing; above the epsilon under which nothing is scaled."""
     beside = math.ldexp(1.0, math.frexp(value)[1] - 16) if value else 0.0
     return max(2 * EPSILON, beside)

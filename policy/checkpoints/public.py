@@ -4,7 +4,6 @@ Which model it is comes from its config.json and from the names of its weights; 
 sizes.json beside it (models of other than the published sizes), and from the weights' own shapes."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -127,15 +126,9 @@ def read_public(folder: Path, options: PublicOptions | None = None) -> PublicChe
             f"{folder}/config.json is not of a policy that vlatune reads (its type is {kind!r}); there are pi0, pi05 and smolvla in "
             "LeRobot's layout, openpi's converted PyTorch checkpoints, and RDT"
         )
-    config_changes: dict[str, Any] = {} if options.prompt is None else {"prompt": options.prompt}
-    statistics = checkpoint.statistics
-    if options.statistics is not None:
-        statistics = Statistics.load(options.statistics)
-        config_changes["near_constant"] = PolicyConfig.near_constant  # they are ours
     return replace(
         checkpoint,
-        config=replace(checkpoint.config, **config_changes),
-        statistics=statistics,
+        config=replace(checkpoint.config, prompt=options.prompt or checkpoint.config.prompt),
         tokenizer=options.tokenizer or checkpoint.tokenizer,
         image_rule=replace(checkpoint.image_rule, orientation=options.orientation),
         cameras=_renamed_cameras(checkpoint.cameras, options.cameras, folder),
@@ -190,7 +183,7 @@ def _read_lerobot(folder: Path, config: Mapping[str, Any], options: PublicOption
     statistics, why_not = None, ""
     tokenizer = policy_tokenizer(config)
     try:
-        found = read_normalisation(folder, config, weights)
+        found = read_normalisation(folder, config, weights, statistics=_given_statistics(options))
     except DataError as error:
         why_not = str(error)
     else:
@@ -236,12 +229,14 @@ def _read_openpi(folder: Path, config: Mapping[str, Any], options: PublicOptions
     }
     policy, ours = _pi_policy(folder, as_lerobot, weights)
     mode: NormaliserMode = "quantile" if pi05 else "mean_std"
-    policy = replace(policy, state_normalisation=mode, action_normalisation=mode, near_constant=1e-6)
-    statistics, why_not = None, ""
-    try:
-        statistics = read_norm_stats(find_norm_stats(folder, options.asset_id))
-    except DataError as error:
-        why_not = str(error)
+    policy = replace(policy, state_normalisation=mode, action_normalisation=mode)
+    statistics, why_not = _given_statistics(options), ""
+    if statistics is None:
+        policy = replace(policy, near_constant=1e-6)
+        try:
+            statistics = read_norm_stats(find_norm_stats(folder, options.asset_id))
+        except DataError as error:
+            why_not = str(error)
     if pi05 and options.prompt is None and statistics is not None:
         statistics = None
         why_not = (
@@ -296,7 +291,6 @@ def _pi_policy(
         prompt="pi05" if pi05 else "newline",
         state_layout=VectorLayout(name="padded", width=state_width),
         action_layout=VectorLayout(name="padded", width=weights["action_in_proj.weight"].shape[1]),
-        near_constant=1e-8,
     )
     return policy, ours
 
@@ -341,7 +335,6 @@ def _smolvla_policy(
         prompt="newline",
         state_layout=VectorLayout(name="padded", width=weights["state_proj.weight"].shape[1]),
         action_layout=VectorLayout(name="padded", width=weights["action_in_proj.weight"].shape[1]),
-        near_constant=1e-8,
     )
     return policy, ours
 
@@ -352,16 +345,10 @@ def _read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) -
     width = ours["expert.x_pos_embed"].shape[2]
     head_dim = ours["expert.blocks.0.attn.q_norm.weight"].shape[0]
     image_tokens = ours["expert.img_cond_pos_embed"].shape[1]
-    image_width = ours["expert.img_adaptor.0.weight"].shape[1]
-    vision = SiglipT5Config().vision
-    if image_width != vision.width:  # a small one, for tests: the tower is not part of the checkpoint
-        vision = replace(vision, width=image_width, mlp_dim=2 * image_width, depth=1, num_heads=2)
-    slots = SiglipT5Config().num_camera_slots * SiglipT5Config().num_history
-    side = math.isqrt(image_tokens // slots)
-    vision = replace(vision, image_px=vision.image_px if side == 27 else side * vision.patch_px)
+    backbone = SiglipT5Config(vision=_siglip(options.vision))
     scheduler = config.get("config", config).get("noise_scheduler", {})
     policy = PolicyConfig(
-        backbone=SiglipT5Config(vision=vision),
+        backbone=backbone,
         expert=DiTExpertConfig(
             width=width,
             depth=_depth(ours, "expert.blocks."),
@@ -390,8 +377,8 @@ def _read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) -
         cameras=(),
         state_dim=None,
         action_dim=None,
-        image_rule=ImageRule(size_px=vision.image_px, background=(127, 127, 127), resize="pil_bicubic"),
-        statistics=None,
+        image_rule=ImageRule(size_px=backbone.image_px, background=(127, 127, 127), resize="pil_bicubic"),
+        statistics=_given_statistics(options),
         why_no_statistics=f"{folder} holds RDT's weights and no robot; add --statistics, --state-slots and --action-slots",
         tokenizer="google/t5-v1_1-xxl",
         encoder_width=ours["expert.lang_adaptor.0.weight"].shape[1],
@@ -401,6 +388,10 @@ def _read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) -
 
 def _prediction(diffusers_name: str) -> Any:
     return {"v_prediction": "v"}.get(diffusers_name, diffusers_name)
+
+
+def _given_statistics(options: PublicOptions) -> Statistics | None:
+    return None if options.statistics is None else Statistics.load(options.statistics)
 
 
 def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -460,6 +451,15 @@ def _vision(sizes: Mapping[str, int]) -> SiglipConfig:
         depth=sizes["num_hidden_layers"],
         num_heads=sizes["num_attention_heads"],
     )
+
+
+def _siglip(source: str) -> SiglipConfig:
+    """The sizes of a plain SigLIP in a local folder; of anything else the published so400m's at 384 pixels."""
+    file = Path(source) / "config.json"
+    if not file.is_file():
+        return SiglipT5Config().vision
+    sizes = json.loads(file.read_text())
+    return _vision(sizes.get("vision_config", sizes))
 
 
 def _llama(sizes: Mapping[str, Any]) -> DecoderConfig:

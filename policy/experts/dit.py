@@ -209,6 +209,11 @@ class DiTExpert(nn.Module):
                 f"the expert 'dit' reads image and language tokens, the backbone writes {sorted(prefix.tokens) or 'none'}; "
                 "choose a backbone that writes both"
             )
+        if "state" in prefix.tokens:
+            raise ValueError(
+                "the expert 'dit' makes a token of the state itself, and the backbone writes another that nobody would read; choose a "
+                "backbone without one (policy.backbone.state 'none')"
+            )
         if prefix.state_dim != action_dim:
             raise ValueError(
                 f"the expert 'dit' reads state and actions through one adaptor, but the state's vector has {prefix.state_dim} "

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from preset_policies import make_policy
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -89,6 +90,11 @@ def test_round_trip_of_every_tensor(name, tokenizer, statistics, tmp_path):
             assert torch.equal(returned[weight], tensor), weight
         assert returned[weight].shape == tensor.shape
 
+    modes = {folder: json.loads((folder / "config.json").read_text()) for folder in (ours, back)}
+    expected = "quantile" if name == "pi05" else "mean_std"  # the checkpoint's, though the statistics are ours
+    assert modes[ours]["policy"]["state_normalisation"] == modes[ours]["policy"]["action_normalisation"] == expected
+    assert modes[back]["normalization_mapping"]["ACTION"] == {"quantile": "QUANTILES", "mean_std": "MEAN_STD"}[expected]
+
     noise = np.random.default_rng(1).standard_normal((1, 10, 32)).astype(np.float32)
     acted = [
         load_policy(folder, device="cpu", public=PublicOptions(tokenizer=tokenizer)).act([seen], noise)
@@ -125,6 +131,46 @@ def test_acting_is_in_raw_units_with_the_prompt_and_the_cameras_of_the_checkpoin
     assert not np.array_equal(acting.act([other_state], noise), reference)
     stateless = load_policy(GOLDEN / "pi05", device="cpu", public=options(tokenizer, statistics, prompt="newline"))
     assert np.array_equal(stateless.act([other_state], noise), stateless.act([observation()], noise))
+
+
+def test_a_fine_tuned_rdt_acts_with_its_encoders_named(statistics, tmp_path):
+    """Its DeepSpeed checkpoint beside a small SigLIP and a small T5."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = transformers.SiglipConfig(vision_config={**vision, "image_size": 42, "patch_size": 14}, text_config=text)
+    transformers.SiglipModel(siglip).save_pretrained(tmp_path / "siglip")
+    t5 = tmp_path / "t5"
+    transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=300, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).save_pretrained(t5)
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "pick", "up", "the", "bowl"])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>").save_pretrained(t5)
+    engine = tmp_path / "rdt" / "checkpoint-1" / "pytorch_model"
+    engine.mkdir(parents=True)
+    torch.save({"module": load_file(GOLDEN / "rdt" / "model.safetensors")}, engine / "mp_rank_00_model_states.pt")
+    public = PublicOptions(
+        tokenizer=str(t5),
+        vision=str(tmp_path / "siglip"),
+        statistics=statistics,
+        cameras=("front", "wrist"),
+        state_slots=(0, 1, 2, 3, 4, 5, 6, 10),
+        action_slots=(39, 40, 41, 42, 43, 44, 10),
+    )
+    acting = load_policy(engine.parent, device="cpu", public=public)
+    seen = replace(
+        observation(),
+        images={camera: np.concatenate([image, image]) for camera, image in observation().images.items()},
+        state_TS=np.concatenate([observation().state_TS] * 2),
+    )
+    noise = np.random.default_rng(0).standard_normal((1, *acting.noise_shape)).astype(np.float32)
+    assert acting.act([seen], noise).shape == (1, 16, 7)
+    other = replace(seen, instruction="the bowl")
+    assert not np.array_equal(acting.act([seen], noise), acting.act([other], noise))
+    with pytest.raises(DataError, match="--statistics, --state-slots and --action-slots"):
+        load_policy(engine.parent, public=replace(public, statistics=None))
 
 
 def test_what_a_public_checkpoint_does_not_say_is_asked_for(tokenizer, statistics, monkeypatch):

@@ -11,9 +11,11 @@ from preset_policies import make_policy
 from safetensors.torch import load_file, save_file
 
 from vlatune.data.episodes import DataError
-from vlatune.policy.backbones.siglip import encode_cameras
+from vlatune.policy.backbones.siglip import SiglipConfig, encode_cameras
 from vlatune.policy.checkpoints.pretrained import load_pretrained
 from vlatune.policy.checkpoints.public import read_public
+from vlatune.policy.experts.pooling import PoolingConfig
+from vlatune.policy.experts.unet import UNetExpertConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -123,6 +125,8 @@ def policy_like(checkpoint, horizon=10):
     )
     if config.backbone.type == "siglip_t5":
         layout = dataclasses.replace(config.state_layout, slots=tuple(range(8)))
+        vision = SiglipConfig(image_px=42, patch_px=14, width=48, mlp_dim=96, depth=1, num_heads=2)
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, vision=vision))
         config = dataclasses.replace(
             config, state_layout=layout, action_layout=dataclasses.replace(layout, slots=tuple(range(7)))
         )
@@ -139,6 +143,17 @@ def test_public_policies_fill_backbone_and_expert(name):
     for weight, tensor in checkpoint.weights.items():
         assert torch.equal(own[weight], tensor), weight
     assert taken[0].num_tensors == len(checkpoint.weights)
+
+
+def test_a_recorded_unet_fills_the_unet_and_leaves_the_pooling():
+    preset = make_policy("clip_unet").config
+    unet = UNetExpertConfig(
+        pooling=PoolingConfig(kind="attention", width=24, num_heads=2), down_dims=(16, 32, 64), step_embed_dim=32
+    )
+    policy = make_policy(dataclasses.replace(preset, expert=unet))
+    taken, left = load_pretrained(policy, [str(GOLDEN / "unet")])
+    assert taken[0].parts == ("expert.unet",)
+    assert "expert" in left  # the pooling
 
 
 def test_a_shorter_chunk_takes_the_same_weights():
