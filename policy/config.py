@@ -35,10 +35,18 @@ class PolicyConfig:
     """Where the robot's state stands in a pretrained policy's wider vector; None: the vector is the robot's."""
     action_layout: VectorLayout | None = None
     """The same for actions."""
+    train_unused_dims: bool = False
+    """Whether the entries of a wider vector that the robot lacks count in the loss, as openpi's 32 and RDT's 128 do."""
+    train_padded_steps: bool = False
+    """Whether chunk steps beyond an episode's end, where the last action is repeated, count in the loss, as in openpi."""
+    gripper_weight: float = 1.0
+    """Of the gripper's action in the loss; 1 for all others."""
     observation_offsets: tuple[int, ...] = (0,)
     """Which observations a decision reads, in control steps relative to now."""
 
     def __post_init__(self) -> None:
+        if self.gripper_weight <= 0:
+            raise ValueError(f"policy.gripper_weight is {self.gripper_weight}; it must be more than 0")
         if len(self.observation_offsets) != self.backbone.num_observations:
             raise ValueError(
                 f"policy.observation_offsets is {self.observation_offsets}, and the backbone {self.backbone.type!r} reads "
@@ -60,6 +68,8 @@ class Embodiment:
     action_dim: int
     control_hz: float
     """Actions a second."""
+    gripper_action: int | None
+    """Index of the gripper in the action; None where nobody says."""
     cameras: tuple[str, ...]
     image_rule: ImageRule
     """How a camera's picture is turned upright, padded and resized: the same in training and in acting."""

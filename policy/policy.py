@@ -22,6 +22,8 @@ class Policy(nn.Module):
 
     A robot's numbers are normalised, then laid out in the model's vectors, whose widths S and A can be larger."""
 
+    weight_A: Tensor
+
     def __init__(self, config: PolicyConfig, embodiment: Embodiment, statistics: Statistics) -> None:
         super().__init__()
         self.config = config
@@ -50,9 +52,23 @@ class Policy(nn.Module):
             prefix=self.backbone.shape,
             horizon=config.horizon,
             action_dim=self.action_layout.width,
+            second_level=config.objective.has_second_level,
         )
+        self.register_buffer("weight_A", self._dimension_weights(), persistent=False)
         for parameter in (*self.backbone.unread_parameters(), *self.expert.unread_parameters()):
             parameter.requires_grad_(False)
+
+    def _dimension_weights(self) -> Tensor:
+        """(A,): what each entry of an action counts in the loss."""
+        weight_A = torch.ones(self.action_layout.width)
+        if self.config.gripper_weight == 1:
+            return weight_A
+        if self.embodiment.gripper_action is None:
+            raise ValueError(
+                f"policy.gripper_weight is {self.config.gripper_weight}, and nothing says which action is the gripper; leave it at 1"
+            )
+        slot = self.action_layout.slots_D[self.embodiment.gripper_action]
+        return weight_A.index_fill_(0, slot, self.config.gripper_weight)
 
     @property
     def action_shape(self) -> tuple[int, int]:
@@ -84,9 +100,13 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, keys: DrawKeys, draw: Draw | None = None) -> Loss:
         """The objective's unreduced loss. A recorded `draw` replaces the one that `keys` name."""
         actions_BHA = self.action_layout(self.action_normaliser(batch.actions_BHA))
-        valid_BHA = batch.valid_BH[..., None] & self.action_layout.mask_W
-        draw = self.config.objective.draw(actions_BHA, keys) if draw is None else draw
-        return self.config.objective.loss(self.bind(batch.observation), actions_BHA, valid_BHA, draw)
+        config = self.config
+        valid_BHA = (batch.valid_BH | config.train_padded_steps)[..., None] & (
+            self.action_layout.mask_W | config.train_unused_dims
+        )
+        draw = config.objective.draw(actions_BHA, keys) if draw is None else draw
+        loss = config.objective.loss(self.bind(batch.observation), actions_BHA, valid_BHA, draw)
+        return replace(loss, weight_BHA=loss.weight_BHA * self.weight_A)
 
     def sample(self, observation: Observation, noise_BHA: Tensor) -> Tensor:
         """A chunk of the robot's actions in raw units, float32. `noise_BHA` is standard normal, (B, *noise_shape)."""

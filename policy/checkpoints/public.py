@@ -148,6 +148,7 @@ def embodiment_of_public(checkpoint: PublicCheckpoint, options: PublicOptions) -
         state_dim=checkpoint.state_dim or checkpoint.statistics.state.num_dims,
         action_dim=checkpoint.action_dim or checkpoint.statistics.actions.num_dims,
         control_hz=options.control_hz,
+        gripper_action=None,
         cameras=checkpoint.cameras,
         image_rule=checkpoint.image_rule,
         vocab_size=checkpoint.vocab_size,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..layers.noise_level_embedding import make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
 
 NUM_FREQUENCIES = 128
@@ -202,7 +203,9 @@ def position_table(num_tokens: int, width: int) -> nn.Parameter:
 class DiTExpert(nn.Module):
     """See `Expert`."""
 
-    def __init__(self, config: DiTExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
+    def __init__(
+        self, config: DiTExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int, second_level: bool = False
+    ) -> None:
         super().__init__()
         if not {"image", "language"} <= prefix.tokens.keys():
             raise ValueError(
@@ -227,6 +230,7 @@ class DiTExpert(nn.Module):
         self.img_cond_pos_embed = position_table(config.num_image_tokens, width)
         self.t_embedder = ScalarEmbedder(width)
         self.freq_embedder = ScalarEmbedder(width)
+        self.second_level_embedding = make_second_level(width, second_level)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, action_dim)
         self.lang_adaptor = make_adaptor(prefix.tokens["language"], width, width)
@@ -295,10 +299,11 @@ class BoundDiTExpert:
             self.mask_B1A.repeat_interleave(num_candidates, dim=0),
         )
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         expert = self.expert
         dtype = self.fixed_B2D.dtype
         level_B1D = expert.t_embedder(torch.round(NATIVE_STEPS * noise_level_B.float()), dtype)
+        level_B1D = with_second_level(level_B1D[:, 0], expert.second_level_embedding, second_level_B)[:, None]
         actions_BHD = expert.state_adaptor(torch.cat([x_BHA.to(dtype), self.mask_B1A.expand_as(x_BHA)], dim=-1))
         x_BND = torch.cat([level_B1D, self.fixed_B2D, actions_BHD], dim=1) + expert.x_pos_embed
         for block, condition in zip(expert.blocks, self.conditions, strict=True):

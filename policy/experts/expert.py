@@ -11,17 +11,20 @@ from ..prefix import Prefix
 class BoundExpert(Protocol):
     """An action expert bound to one batch of observations; the prefix has been encoded once."""
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
-        """(B, H, A) and (B,) in [0, 1], 1 = pure noise -> (B, H, A) float32. What it means is the objective's choice."""
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
+        """(B, H, A) and (B,) in [0, 1], 1 = pure noise -> (B, H, A) float32. What it means is the objective's choice.
+
+        `second_level_B`, (B,) in [0, 1], where the objective declares a second time input."""
 
     def fan_out(self, num_candidates: int) -> Self:
         """The same expert over B * num_candidates rows; row b * num_candidates + k reads the prefix of row b."""
 
 
 class Expert(Protocol):
-    """A module, built as `GemmaExpert(config, prefix=…, horizon=…, action_dim=…)` with the backbone's `PrefixShape`, H and A
-    (of the model's vectors, which may be wider than the robot's); raises ValueError where they do not fit. Its config's
-    `reads` names the part of the prefix that it reads."""
+    """A module, built as `GemmaExpert(config, prefix=…, horizon=…, action_dim=…, second_level=…)` with the backbone's
+    `PrefixShape`, H and A (of the model's vectors, which may be wider than the robot's), and whether the objective has a second
+    time input, for which it then has a `second_level_embedding`; raises ValueError where they do not fit. Its config's `reads`
+    names the part of the prefix that it reads."""
 
     def bind(self, prefix: Prefix) -> BoundExpert:
         """Compute once what depends on the observation and on the expert's own weights."""

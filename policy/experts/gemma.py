@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..layers.decoder import GEMMA_300M, DecoderBlock, DecoderConfig, KeysValues, appended, make_norm
-from ..layers.noise_level_embedding import embed_noise_level
+from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..layers.norms import AdaRMSNorm
 from ..layers.rotary import rotary_angles
 from ..prefix import Prefix, PrefixShape
@@ -38,7 +38,15 @@ class GemmaExpertConfig:
 class GemmaExpert(nn.Module):
     """See `Expert`."""
 
-    def __init__(self, config: GemmaExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        config: GemmaExpertConfig,
+        *,
+        prefix: PrefixShape,
+        horizon: int,
+        action_dim: int,
+        second_level: bool = False,
+    ) -> None:
         super().__init__()
         if prefix.kv != config.gemma.kv_shape:
             raise ValueError(
@@ -57,6 +65,7 @@ class GemmaExpert(nn.Module):
             self.action_time_mlp_out = nn.Linear(width, width)
         if config.state == "token":
             self.state_proj = nn.Linear(prefix.state_dim, width)
+        self.second_level_embedding = make_second_level(width, second_level)
         self.layers = nn.ModuleList(DecoderBlock(config.gemma, adaptive=adaptive) for _ in range(config.gemma.depth))
         self.norm = AdaRMSNorm(width, config.gemma.norm_eps) if adaptive else make_norm(config.gemma)
         self.action_out_proj = nn.Linear(width, action_dim)
@@ -96,10 +105,11 @@ class BoundGemmaExpert:
         layers_kv = tuple((repeated(keys), repeated(values)) for keys, values in self.layers_kv)
         return BoundGemmaExpert(self.expert, repeated(self.mask_BP), layers_kv)
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         expert = self.expert
         dtype = self.layers_kv[0][0].dtype
         level_BD = embed_noise_level(noise_level_B, expert.config.gemma.width).to(dtype)
+        level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
         x_BHD = expert.action_in_proj(x_BHA.to(dtype))
         condition_BD = None
         if expert.config.noise_level == "adaptive_norm":

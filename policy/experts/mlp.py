@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..layers.noise_level_embedding import embed_noise_level
+from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
 from .pooling import PoolingConfig, TokenPooling, newest_state, read_tokens
 
@@ -125,7 +125,9 @@ class Fusion(nn.Module):
 class MLPExpert(nn.Module):
     """See `Expert`."""
 
-    def __init__(self, config: MLPExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
+    def __init__(
+        self, config: MLPExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int, second_level: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.horizon = horizon
@@ -136,6 +138,7 @@ class MLPExpert(nn.Module):
             self.condition, condition_width = Fusion(config.fusion, prefix), config.fusion.width
         level_width, chunk = config.noise_level_width, horizon * action_dim
         self.noise_level_mlp = silu_mlp(level_width, level_width, level_width)
+        self.second_level_embedding = make_second_level(level_width, second_level)
         hidden = [config.width] * config.num_layers
         self.velocity_mlp = silu_mlp(chunk + level_width + condition_width, *hidden, chunk)
 
@@ -157,9 +160,10 @@ class BoundMLPExpert:
     def fan_out(self, num_candidates: int) -> "BoundMLPExpert":
         return BoundMLPExpert(self.expert, self.condition_BC.repeat_interleave(num_candidates, dim=0))
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         expert, dtype = self.expert, self.condition_BC.dtype
         level_BD = embed_noise_level(noise_level_B, expert.config.noise_level_width).to(dtype)
+        level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
         level_BD = expert.noise_level_mlp(level_BD)
         out_BC = expert.velocity_mlp(torch.cat([x_BHA.to(dtype).flatten(1), level_BD, self.condition_BC], dim=-1))
         return out_BC.unflatten(1, (expert.horizon, -1)).float()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..layers.decoder import DecoderBlock, DecoderConfig, KeysValues, make_norm
-from ..layers.noise_level_embedding import embed_noise_level
+from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..layers.rotary import rotary_angles
 from ..prefix import Prefix, PrefixShape
 
@@ -59,7 +59,15 @@ class PrefixReader(DecoderBlock):
 class SmolVLAExpert(nn.Module):
     """See `Expert`."""
 
-    def __init__(self, config: SmolVLAExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        config: SmolVLAExpertConfig,
+        *,
+        prefix: PrefixShape,
+        horizon: int,
+        action_dim: int,
+        second_level: bool = False,
+    ) -> None:
         super().__init__()
         decoder = config.decoder
         if prefix.kv != decoder.kv_shape:
@@ -71,6 +79,7 @@ class SmolVLAExpert(nn.Module):
         self.action_in_proj = nn.Linear(action_dim, decoder.width)
         self.action_time_mlp_in = nn.Linear(2 * decoder.width, decoder.width)
         self.action_time_mlp_out = nn.Linear(decoder.width, decoder.width)
+        self.second_level_embedding = make_second_level(decoder.width, second_level)
         self.layers = nn.ModuleList(
             PrefixReader(decoder) if layer % config.self_attn_every else DecoderBlock(decoder)
             for layer in range(decoder.depth)
@@ -107,10 +116,11 @@ class BoundSmolVLAExpert:
         layers_kv = tuple((repeated(keys), repeated(values)) for keys, values in self.layers_kv)
         return BoundSmolVLAExpert(self.expert, repeated(self.mask_BP), layers_kv)
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         expert, config = self.expert, self.expert.config
         dtype = self.layers_kv[0][0].dtype
         level_BD = embed_noise_level(noise_level_B, config.decoder.width).to(dtype)
+        level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
         x_BHD = expert.action_in_proj(x_BHA.to(dtype))
         x_BHD = torch.cat([x_BHD, level_BD[:, None].expand_as(x_BHD)], dim=-1)
         x_BHD = expert.action_time_mlp_out(functional.silu(expert.action_time_mlp_in(x_BHD)))

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..layers.noise_level_embedding import make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
 from .pooling import PoolingConfig, TokenPooling
 
@@ -199,11 +200,20 @@ class ConditionalUNet(nn.Module):
 class UNetExpert(nn.Module):
     """See `Expert`."""
 
-    def __init__(self, config: UNetExpertConfig, *, prefix: PrefixShape, horizon: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        config: UNetExpertConfig,
+        *,
+        prefix: PrefixShape,
+        horizon: int,
+        action_dim: int,
+        second_level: bool = False,
+    ) -> None:
         super().__init__()
         config.check_horizon(horizon)
         self.config = config
         self.pooling = TokenPooling(config.pooling, prefix)
+        self.second_level_embedding = make_second_level(config.pooling.width, second_level)
         self.unet = ConditionalUNet(config, action_dim=action_dim, condition_dim=config.pooling.width)
 
     def unread_parameters(self) -> list[nn.Parameter]:
@@ -224,7 +234,8 @@ class BoundUNetExpert:
     def fan_out(self, num_candidates: int) -> "BoundUNetExpert":
         return BoundUNetExpert(self.expert, self.condition_BC.repeat_interleave(num_candidates, dim=0))
 
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         time_B = native_time(noise_level_B, self.expert.config.time_scale)
-        out_BHA: Tensor = self.expert.unet(x_BHA, time_B, self.condition_BC)
+        condition_BC = with_second_level(self.condition_BC, self.expert.second_level_embedding, second_level_B)
+        out_BHA: Tensor = self.expert.unet(x_BHA, time_B, condition_BC)
         return out_BHA.float()

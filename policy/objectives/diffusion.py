@@ -57,6 +57,10 @@ class Diffusion:
                 "scaled onto [-1, 1]"
             )
 
+    @property
+    def has_second_level(self) -> bool:
+        return False
+
     def draw(self, actions_BHA: Tensor, keys: DrawKeys) -> Draw:
         uniform_B, noise_BHA = keys.draw(self.num_draws, tuple(actions_BHA.shape[1:]), actions_BHA.device)
         step_B = torch.floor(uniform_B * self.num_train_steps)

@@ -32,6 +32,10 @@ class Flow:
         if self.num_draws < 1 or self.num_sampling_steps < 1:
             raise ValueError("objective.num_draws and objective.num_sampling_steps must be at least 1")
 
+    @property
+    def has_second_level(self) -> bool:
+        return False
+
     def draw(self, actions_BHA: Tensor, keys: DrawKeys) -> Draw:
         uniform_B, noise_BHA = keys.draw(self.num_draws, tuple(actions_BHA.shape[1:]), actions_BHA.device)
         level_B = uniform_B

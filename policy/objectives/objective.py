@@ -34,6 +34,14 @@ class Loss:
 class Objective(Protocol):
     """Actions here are normalised; `valid_BHA` is True where a step is real and a dimension used."""
 
+    @property
+    def has_second_level(self) -> bool:
+        """Whether it gives the expert a second time input, for which the expert then has an embedding."""
+
+    @property
+    def num_sampling_steps(self) -> int:
+        """Calls of the expert when acting, as results name them."""
+
     def draw(self, actions_BHA: Tensor, keys: DrawKeys) -> Draw: ...
 
     def loss(self, expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw) -> Loss: ...

@@ -62,7 +62,7 @@ def config_of(backbone, expert) -> PolicyConfig:
     )
 
 
-@pytest.mark.parametrize(("backbone", "expert"), itertools.product(BACKBONE_CONFIGS, EXPERT_CONFIGS))
+@pytest.mark.parametrize(("backbone", "expert"), list(itertools.product(BACKBONE_CONFIGS, EXPERT_CONFIGS)))
 def test_trains_and_acts_or_is_refused(backbone, expert):
     config = config_of(backbone, expert)
     if config.expert.reads == "kv" and not backbone.startswith(("paligemma", "smolvlm")):

@@ -152,6 +152,24 @@ def test_padded_steps_and_unused_dimensions_have_no_weight(name):
     assert not weight[-1, -2:].any()
 
 
+def test_what_counts_in_the_loss_can_be_switched():
+    config = PRESETS["pi05"](tiny=True)
+    batch = make_batch(config)
+    counted = {}
+    for switch in ({}, {"train_unused_dims": True}, {"train_padded_steps": True}, {"gripper_weight": 3.0}):
+        loss = make_policy(dataclasses.replace(config, **switch))(batch, keys_of(batch))
+        counted[next(iter(switch), "default")] = loss.weight_BHA.sum().item()
+    steps = batch.valid_BH.sum().item()
+    assert counted == {
+        "default": steps * 7,
+        "train_unused_dims": steps * 32,
+        "train_padded_steps": batch.valid_BH.numel() * 7,
+        "gripper_weight": steps * 9,
+    }
+    with pytest.raises(ValueError, match="must be more than 0"):
+        dataclasses.replace(config, gripper_weight=0.0)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_images_language_and_state_change_the_actions(name):
     policy = make_policy(name).eval()

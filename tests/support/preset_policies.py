@@ -34,6 +34,7 @@ def embodiment_for(config: PolicyConfig, *, encoder_width: int = 40, vocab_size:
         state_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         control_hz=20.0,
+        gripper_action=6,
         cameras=CAMERAS,
         image_rule=ImageRule(size_px=config.backbone.image_px),
         vocab_size=vocab_size,

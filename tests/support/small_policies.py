@@ -33,6 +33,7 @@ def make_policy(seed: int = 0) -> Policy:
         state_dim=8,
         action_dim=7,
         control_hz=20.0,
+        gripper_action=6,
         cameras=CAMERAS,
         image_rule=ImageRule(size_px=16),
         vocab_size=512,
