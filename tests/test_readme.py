@@ -7,9 +7,13 @@ import sys
 
 import pytest
 from small_episodes import row
+from small_policies import make_policy
 
+from vlatune.data.language import Language
 from vlatune.eval.results import header
 from vlatune.launch.cli import COMMANDS
+from vlatune.policy.checkpoints.folder import write_policy
+from vlatune.policy.checkpoints.layout import COMPLETE
 from vlatune.train.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +50,10 @@ def test_the_tree_names_every_module():
     assert {path for path in tree_paths() if not (ROOT / path).exists()} == set(), "in README's tree but not there"
 
 
+SAYS = ("import results", "0.666667"), ("load_policy", "(4, 7)")
+"""Something of a snippet, and of what it prints here."""
+
+
 def test_the_python_runs(tmp_path):
     rows = [
         row(split="report", outcome=outcome, success=outcome == "success", init_state=25 + k)
@@ -54,14 +62,20 @@ def test_the_python_runs(tmp_path):
     folder = tmp_path / "runs" / "quickstart" / "pocket" / "evaluation"
     folder.mkdir(parents=True)
     (folder / "episodes.csv").write_text(header() + "".join(each.to_line() for each in rows))
+    checkpoint = tmp_path / "runs" / "quickstart" / "pocket" / "checkpoints" / "step_002400"
+    checkpoint.mkdir(parents=True)
+    policy = make_policy()
+    write_policy(checkpoint, policy, policy.state_dict(), Language.build(["put it there"], encoder="none"), {})
+    (checkpoint / COMPLETE).write_text("")
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert snippets
+    assert len(snippets) == len(SAYS)
     for snippet in snippets:
         finished = subprocess.run(
             [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert finished.returncode == 0, finished.stderr
-        assert "0.666667" in finished.stdout
+        expected = next(printed for part, printed in SAYS if part in snippet)
+        assert expected in finished.stdout
 
 
 @pytest.mark.parametrize("command", re.findall(r"^vlatune (\w+)", README, re.MULTILINE))
