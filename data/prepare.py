@@ -43,7 +43,8 @@ class PrepareConfig:
     validation_share: float = 0.1
     """Share of each task's episodes kept out of training (at least one where a task has two)."""
     tokenizer: str = "trained"
-    """`trained` (sentencepiece, on these instructions) or the name or folder of a public one."""
+    """`trained` (sentencepiece, on these instructions), the name or folder of a public one, or the language folder of another cache
+    or a checkpoint: a policy that is trained further must read its own tokens."""
     encoder: str = "seeded-t5"
     """Text encoder whose output is stored per instruction: `seeded-t5` (small, random, recorded), `none`, or the name or
     folder of a T5 (with its own tokenizer)."""

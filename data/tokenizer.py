@@ -5,6 +5,7 @@ Both end a text with their end-of-sequence token where they have one, and use no
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -116,8 +117,13 @@ class PretrainedTokenizer:
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """`trained`, or a public tokenizer's name or folder."""
-    return TrainedTokenizer.train(texts) if name == "trained" else PretrainedTokenizer.from_name(name)
+    """`trained`, a public tokenizer's name or folder, or the `language` folder of a cache or a checkpoint: its tokenizer again."""
+    if name == "trained":
+        return TrainedTokenizer.train(texts)
+    language = Path(name) / "language.json"
+    if language.is_file():
+        return load_tokenizer(json.loads(language.read_text())["identity"]["tokenizer"], language.parent)
+    return PretrainedTokenizer.from_name(name)
 
 
 def load_tokenizer(identity: Mapping[str, Any], folder: Path) -> Tokenizer:

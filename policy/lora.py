@@ -12,7 +12,7 @@ from typing import Literal
 import peft
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.episodes import DataError
 from .policy import Policy
@@ -114,7 +114,7 @@ def adapter_targets(policy: Policy, config: LoraConfig) -> list[str]:
     return targets
 
 
-def add_adapters(policy: Policy, config: LoraConfig) -> peft.LoraConfig:
+def add_adapters(policy: Policy, config: LoraConfig) -> None:
     """Put adapters into `policy`, in place; everything else is frozen. They change nothing until they are trained."""
     settings = peft.LoraConfig(
         r=config.rank,
@@ -125,18 +125,32 @@ def add_adapters(policy: Policy, config: LoraConfig) -> peft.LoraConfig:
     )
     peft.inject_adapter_in_model(settings, policy)
     policy.train(policy.training)  # PEFT's new modules start in training mode, dropout and all
+
+
+def adapter_of(policy: Policy) -> peft.LoraConfig | None:
+    """The settings of the adapters in `policy`; None if it has none."""
+    settings = getattr(policy, "peft_config", {}).get("default")
+    assert settings is None or isinstance(settings, peft.LoraConfig)
     return settings
 
 
-def save_adapter(policy: Policy, settings: peft.LoraConfig, folder: Path) -> None:
-    """In PEFT's own format: `PeftModel.from_pretrained` loads it onto a policy of the same weights."""
+def plain_weights(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a policy with adapters: the adapted weights under their plain names, without the adapters."""
+    if adapter_of(policy) is None:
+        return dict(weights)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+
+
+def save_adapter(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """In PEFT's own format: `PeftModel.from_pretrained` loads it onto a policy of the same plain weights."""
+    settings = adapter_of(policy)
+    if settings is None:
+        raise ValueError("this policy has no adapters")
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
-    weights = {
-        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(policy).items()
-    }
-    save_file(weights, folder / "adapter_model.safetensors")
+    adapters = get_peft_model_state_dict(policy, state_dict=dict(weights))
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in adapters.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def merge_adapter(policy: Policy, folder: Path) -> Policy:

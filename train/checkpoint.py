@@ -37,8 +37,11 @@ def save_checkpoint(
     language: Path,
     provenance: Mapping[str, Any],
     num_trainer_states: int,
+    whole: bool = True,
 ) -> None:
-    """All ranks call this. The folder appears under its name only when its last file is written."""
+    """All ranks call this. The folder appears under its name only when its last file is written.
+
+    Where not `whole`, all but the untrained checkpoint leave out what is frozen, and refer to that one."""
     final = run / "checkpoints" / checkpoint_name(step)
     temporary = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
@@ -50,7 +53,9 @@ def save_checkpoint(
     if accelerator.is_main_process:
         policy = accelerator.unwrap_model(model)
         assert isinstance(policy, Policy)
-        write_policy(temporary, policy, policy.state_dict(), language, {**provenance, "step": step})
+        untrained = final.with_name(checkpoint_name(0)) / "model.safetensors"
+        base = None if whole or step == 0 else untrained
+        write_policy(temporary, policy, policy.state_dict(), language, {**provenance, "step": step}, base=base)
         (temporary / COMPLETE).write_text(f"step {step}\n")
         _flush_to_disk(temporary)
         shutil.rmtree(final, ignore_errors=True)

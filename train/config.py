@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..policy.config import PolicyConfig
+from ..policy.lora import LoraConfig
+from .trainable import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class TrainConfig:
     pretrained: tuple[str, ...] = ()
     """Folders or hub names that the first weights come from: checkpoints of ours, π0, π0.5, SmolVLA or RDT-1B, plain PaliGemma,
     SmolVLM, SigLIP or CLIP; a later one overrides an earlier one. What none of them has starts from random weights, and is named."""
+    trained: Trained = "full"
+    """What is trained: everything, all but the vision tower, the expert alone, or adapters (LoRA) alone."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Where `trained` is lora: which projections, and how."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     num_steps: int = 30_000
     """Optimizer steps."""

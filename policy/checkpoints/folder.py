@@ -1,7 +1,9 @@
 """Our checkpoint folder: everything that acting needs, nothing that needs pickle.
 
 step_000400/
-    model.safetensors     weights, under the names of `Policy.state_dict()`
+    model.safetensors     weights, under the names of `Policy.state_dict()`; of a run that freezes some, what it trains
+    base.json             where the frozen ones are, and their sha256: the run's untrained checkpoint
+    adapter/              LoRA adapters, in PEFT's own format
     config.json           the resolved policy config and the embodiment it is tied to
     normalisation.json    statistics of state and actions
     language/             tokenizer and the instructions seen in training
@@ -26,11 +28,13 @@ from ...data.episodes import DataError
 from ...data.language import Language
 from ...data.normalise import Statistics
 from ..config import Embodiment, PolicyConfig
+from ..lora import adapter_of, merge_adapter, plain_weights, save_adapter
 from ..policy import Policy
 from .layout import COMPLETE
 from .weight_files import load_strict
 
 FORMAT_VERSION = 2
+BASE, ADAPTER = "base.json", "adapter"
 Config = TypeVar("Config")
 
 
@@ -40,11 +44,24 @@ def write_policy(
     weights: Mapping[str, Tensor],
     language: Path | Language,
     provenance: Mapping[str, Any],
+    *,
+    base: Path | None = None,
 ) -> None:
     """Write all but COMPLETE into an existing folder. `weights` are the policy's, gathered and on any device; `language` is one
-    that was loaded, or the folder of one."""
+    that was loaded, or the folder of one.
+
+    With a `base`, a model.safetensors within reach of `folder`'s final place, only trained parameters and adapters are written;
+    without one, every weight but the adapters."""
+    plain = plain_weights(policy, weights)
+    if base is not None:
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        plain = {name: tensor for name, tensor in plain.items() if name in trained}
+        reference = {"weights": f"../{base.parent.name}/{base.name}", "sha256": _sha256(base)}
+        (folder / BASE).write_text(json.dumps(reference, indent=1) + "\n")
+        if adapter_of(policy) is not None:
+            save_adapter(policy, weights, folder / ADAPTER)
     save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
+        {name: tensor.detach().cpu().contiguous() for name, tensor in plain.items()}, folder / "model.safetensors"
     )
     config = {
         "format_version": FORMAT_VERSION,
@@ -80,10 +97,38 @@ def read_policy(folder: Path) -> tuple[Policy, Language, str]:
         Statistics.load(folder / "normalisation.json"),
     )
     weights_file = folder / "model.safetensors"
-    load_strict(policy, load_file(weights_file), weights_file)
-    with weights_file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    weights, files = load_file(weights_file), [weights_file]
+    if (folder / BASE).exists():
+        base = _base_of(folder)
+        weights, files = load_file(base) | weights, [*files, base]
+    load_strict(policy, weights, weights_file)
+    if (folder / ADAPTER).is_dir():
+        policy = merge_adapter(policy, folder / ADAPTER)
+        files.append(folder / ADAPTER / "adapter_model.safetensors")
+    digests = [_sha256(file) for file in files]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return policy, Language.load(folder / "language"), digest[:16]
+
+
+def _base_of(folder: Path) -> Path:
+    """The file with the weights that `folder`'s run kept frozen. Raises DataError if it is gone, or another one."""
+    reference = json.loads((folder / BASE).read_text())
+    file = folder / reference["weights"]
+    if not file.is_file():
+        raise DataError(
+            f"{folder} stands on {file.resolve()}, which is not there; keep the run's checkpoints together, or write a whole one with "
+            "`vlatune convert SOURCE OUT --to vlatune` where they still are"
+        )
+    if _sha256(file) != reference["sha256"]:
+        raise DataError(
+            f"{folder} stands on another {file.resolve()} than the one that is there: its sha256 is not the recorded one"
+        )
+    return file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -15,41 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from dense_pi import dense_joint_forward
-from preset_policies import CAMERAS, embodiment_for, make_batch
-from preset_policies import statistics as some_statistics
-
-from vlatune.data.normalise import Statistics
-from vlatune.policy.backbones.paligemma import PaliGemmaConfig
-from vlatune.policy.backbones.siglip import SiglipConfig
-from vlatune.policy.experts.gemma import GemmaExpertConfig
-from vlatune.policy.layers.decoder import DecoderConfig
-from vlatune.policy.policy import Policy
-from vlatune.policy.presets import pi05
+from preset_policies import CAMERAS, make_batch, make_small_pi05
 
 NUM_ROUNDS = 7
-HEADS = {"depth": 6, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32}
-
-
-def small_pi05() -> Policy:
-    """An eighth of the full widths, a third of its depth; 256 tokens a camera."""
-    config = dataclasses.replace(
-        pi05(tiny=True),
-        backbone=PaliGemmaConfig(
-            vision=SiglipConfig(image_px=224, patch_px=14, width=144, mlp_dim=538, depth=9, num_heads=4),
-            text=DecoderConfig(width=256, mlp_dim=2048, **HEADS),
-        ),
-        expert=GemmaExpertConfig(gemma=DecoderConfig(width=128, mlp_dim=512, **HEADS)),
-        horizon=10,
-        state_layout=None,
-        action_layout=None,
-    )
-    torch.manual_seed(0)
-    embodiment = dataclasses.replace(embodiment_for(config), cameras=(*CAMERAS, "absent"))
-    return Policy(config, embodiment, Statistics(state=some_statistics(8), actions=some_statistics(7)))
 
 
 def main() -> None:
-    policy = small_pi05()
+    policy = make_small_pi05()
     batch = make_batch(policy.config, batch=1)
     seen = {camera: torch.ones(1, 1, dtype=torch.bool) for camera in CAMERAS}
     observation = dataclasses.replace(batch.observation, image_mask=seen)

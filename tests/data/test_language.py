@@ -216,3 +216,12 @@ def test_unreachable_names_are_one_sentence(tmp_path):
 
     with pytest.raises(DataError, match="the text encoder .* cannot be loaded .*or --encoder seeded-t5"):
         PretrainedT5.from_name(empty)
+
+
+def test_another_caches_tokenizer_reads_new_instructions_with_the_same_tokens(small_cache):
+    folder = str(small_cache.path / "language")
+    known = small_cache.language.known_texts[0]
+    language = Language.build(["pick up the violet cube", known], tokenizer=folder, encoder="none")
+    assert language.vocab_size == small_cache.language.vocab_size
+    assert torch.equal(language.prompts([known]).ids_BL, small_cache.language.prompts([known]).ids_BL)
+    assert language.prompts(["pick up the violet cube"]).ids_BL.max() < language.vocab_size

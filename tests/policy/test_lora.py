@@ -78,9 +78,9 @@ def test_saved_in_pefts_format_loaded_by_peft_and_merged_without_a_change(name, 
     policy = make_policy(name).eval()
     batch = make_batch(policy.config)
     backbone = "none" if name == "rdt" else "attention"
-    settings = add_adapters(policy, LoraConfig(backbone=backbone, expert="attention+mlp", rank=3))
+    add_adapters(policy, LoraConfig(backbone=backbone, expert="attention+mlp", rank=3))
     adapted = sample(randomised(policy), batch)
-    save_adapter(policy, settings, tmp_path)
+    save_adapter(policy, policy.state_dict(), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
     plain_peft = peft.PeftModel.from_pretrained(make_policy(name).eval(), str(tmp_path))
@@ -104,7 +104,9 @@ def test_refusals(tmp_path):
         adapter_targets(make_policy("rdt"), LoraConfig(backbone="all", expert="none"))
     with pytest.raises(DataError, match=r"no adapter_config\.json"):
         merge_adapter(policy, tmp_path)
-    add_adapters(policy, settings := LoraConfig(rank=2))
-    save_adapter(policy, peft.LoraConfig(r=2, target_modules=adapter_targets(make_policy("pi05"), settings)), tmp_path)
+    with pytest.raises(ValueError, match="has no adapters"):
+        save_adapter(policy, policy.state_dict(), tmp_path)
+    add_adapters(policy, LoraConfig(rank=2))
+    save_adapter(policy, policy.state_dict(), tmp_path)
     with pytest.raises(DataError, match="does not fit these weights"):
         merge_adapter(make_policy("smolvla"), tmp_path)

@@ -8,7 +8,11 @@ import torch
 from vlatune.data.batch import Batch, Observation, Prompts
 from vlatune.data.images import ImageRule
 from vlatune.data.normalise import FieldStatistics, Statistics
+from vlatune.policy.backbones.paligemma import PaliGemmaConfig
+from vlatune.policy.backbones.siglip import SiglipConfig
 from vlatune.policy.config import Embodiment, PolicyConfig
+from vlatune.policy.experts.gemma import GemmaExpertConfig
+from vlatune.policy.layers.decoder import DecoderConfig
 from vlatune.policy.policy import Policy
 from vlatune.policy.presets import PRESETS
 
@@ -56,6 +60,26 @@ def make_policy(config: PolicyConfig | str, seed: int = 0) -> Policy:
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     return policy
+
+
+def make_small_pi05() -> Policy:
+    """π0.5 in the full model's proportions: an eighth of its widths, a third of its depth, 256 tokens a camera, a chunk of
+    10. What benchmarks measure ratios on."""
+    heads: dict[str, int] = {"depth": 6, "num_heads": 8, "num_kv_heads": 1, "head_dim": 32}
+    config = dataclasses.replace(
+        PRESETS["pi05"](tiny=True),
+        backbone=PaliGemmaConfig(
+            vision=SiglipConfig(image_px=224, patch_px=14, width=144, mlp_dim=538, depth=9, num_heads=4),
+            text=DecoderConfig(width=256, mlp_dim=2048, **heads),
+        ),
+        expert=GemmaExpertConfig(gemma=DecoderConfig(width=128, mlp_dim=512, **heads)),
+        horizon=10,
+        state_layout=None,
+        action_layout=None,
+    )
+    torch.manual_seed(0)
+    embodiment = dataclasses.replace(embodiment_for(config), cameras=(*CAMERAS, "absent"))
+    return Policy(config, embodiment, Statistics(state=statistics(8), actions=statistics(7)))
 
 
 def make_batch(config: PolicyConfig, batch: int = 3, seed: int = 0) -> Batch:
