@@ -26,7 +26,8 @@ from .experts.dit import DiTExpert, DiTExpertConfig
 from .experts.expert import BoundExpert
 from .experts.pooling import PoolingConfig
 from .experts.unet import BoundUNetExpert, UNetExpert, UNetExpertConfig
-from .objectives import ObjectiveConfig
+from .objectives.diffusion import Diffusion
+from .objectives.flow import Flow
 from .objectives.objective import Draw
 from .policy import Policy
 from .prefix import Prefix, PrefixShape
@@ -86,7 +87,9 @@ def _policy_outputs(folder: Path, io: Mapping[str, Tensor], dtype: torch.dtype) 
         bound = expert.bind(recorded_features(io, dtype))
     else:
         bound = policy_for_recording(checkpoint, io).to(device, dtype).bind(recorded_observation(io))
-    return recorded_outputs(checkpoint.config.objective, bound, io)
+    objective = checkpoint.config.objective
+    assert isinstance(objective, Flow | Diffusion)  # what public checkpoints were trained with
+    return recorded_outputs(objective, bound, io)
 
 
 def policy_for_recording(checkpoint: PublicCheckpoint, io: Mapping[str, Tensor]) -> Policy:
@@ -149,11 +152,11 @@ def recorded_features(io: Mapping[str, Tensor], dtype: torch.dtype) -> Prefix:
     )
 
 
-def recorded_outputs(objective: ObjectiveConfig, bound: BoundExpert, io: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def recorded_outputs(objective: Flow | Diffusion, bound: BoundExpert, io: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Ours of every output that is recorded."""
     outputs = {}
     if "loss" in io:
-        levels = io["time"] if "time" in io else io["timesteps"] / objective.num_train_steps  # type: ignore[union-attr]
+        levels = io["timesteps"] / objective.num_train_steps if isinstance(objective, Diffusion) else io["time"]
         draw = Draw(noise_BHA=io["noise"], noise_level_B=levels)
         valid = torch.ones_like(io["actions"], dtype=torch.bool)
         entries = objective.loss(bound, io["actions"], valid, draw).entries_BHA

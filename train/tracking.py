@@ -25,21 +25,24 @@ class Tracker:
 
     def __init__(self, run: Path, *, first_step: int, num_steps: int) -> None:
         self.path = run / "metrics.csv"
-        kept = []
+        self.rows: list[Mapping[str, object]] = []
         if self.path.exists():
             with self.path.open(newline="") as stream:
-                kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= first_step]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        temporary.replace(self.path)
-        self.stream = self.path.open("a", newline="")
-        self.writer = csv.DictWriter(self.stream, COLUMNS)
+                self.rows = [row for row in csv.DictReader(stream) if int(row["step"]) <= first_step]
+        self.start = time.perf_counter() - (float(str(self.rows[-1]["elapsed_s"])) if self.rows else 0.0)
+        self.columns = list(self.rows[0]) if self.rows else list(COLUMNS)
+        self._rewrite()
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
-        self.start = time.perf_counter() - (float(kept[-1]["elapsed_s"]) if kept else 0.0)
+
+    def _rewrite(self) -> None:
+        """The whole file, with the columns that are known by now; an objective's own metrics come with its first row."""
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.path)
 
     def advance(self) -> None:
         self.bar.update()
@@ -47,10 +50,15 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One row; `step` counts finished optimizer steps."""
         row = {"step": step, **values, "elapsed_s": time.perf_counter() - self.start}
-        self.writer.writerow(
-            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        )
-        self.stream.flush()
+        text = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        self.rows.append(text)
+        new = sorted(row.keys() - set(self.columns))
+        if new:
+            self.columns += new
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="") as stream:
+                csv.DictWriter(stream, self.columns).writerow(text)
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self.bar.set_postfix_str(
@@ -59,5 +67,4 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
-        self.stream.close()
         self.board.close()

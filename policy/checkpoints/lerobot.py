@@ -18,6 +18,7 @@ from ..backbones.smolvlm import SmolVLMConfig
 from ..experts.gemma import GemmaExpertConfig
 from ..experts.smolvla import SmolVLAExpertConfig
 from ..layers.decoder import GEMMA_2B, GEMMA_300M, DecoderConfig
+from ..objectives import ObjectiveConfig
 from ..objectives.flow import Flow
 from ..policy import Policy
 from . import renaming
@@ -78,14 +79,20 @@ def lerobot_kind(policy: Policy) -> str:
     prompt = "pi05" if not problem and kind == "pi05" else "newline"
     if not problem and config.prompt != prompt:
         problem = f"its prompt is {config.prompt!r} where LeRobot's {kind} has {prompt!r}"
-    if not problem and not isinstance(config.objective, Flow):
-        problem = f"its objective is {config.objective.type}"
+    if not problem:
+        problem = _sampling_problem(config.objective)
     layouts = [layout for layout in (config.state_layout, config.action_layout) if layout is not None]
     if not problem and any(layout.slots is not None for layout in layouts):
         problem = "its vectors have slots of their own"
     if problem:
         raise DataError(f"LeRobot has no such policy: {problem}; it has pi0, pi05 and smolvla with flow matching")
     return kind
+
+
+def _sampling_problem(objective: ObjectiveConfig) -> str:
+    if not isinstance(objective, Flow):
+        return f"its objective is {objective.type}"
+    return "" if objective.solver == "euler" else f"it is sampled with {objective.solver}, LeRobot's with Euler's steps"
 
 
 def _vocabulary_heads(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ class Draw:
 
     noise_BHA: Tensor
     noise_level_B: Tensor
+    second_level_B: Tensor | None = None
+    """Where the objective has a second time input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Objective(Protocol):
 
     @property
     def num_sampling_steps(self) -> int:
-        """Calls of the expert when acting, as results name them."""
+        """Steps of sampling, as results name them: a call of the expert each, or as many as the objective's solver says."""
 
     def draw(self, actions_BHA: Tensor, keys: DrawKeys) -> Draw: ...
 

@@ -2,8 +2,9 @@
 
 The expert maps noise to a chunk in one call. Each demonstrated chunk picks among its own candidates: those within a small
 radius are rejected, the nearest of the rest is trained. Every demonstration has a candidate near it in the end, so no mode
-is dropped, as a regression's mean would; how often each mode is drawn is not calibrated. Vashist, Peng & Li 2024 (RS-IMLE, arXiv 2409.17439);
-Rana et al. 2025 (IMLE Policy, arXiv 2502.12371), whose per-demonstration rejection this is.
+is dropped; how often each is drawn is not calibrated, and a chunk that is never the nearest is never corrected, so with many
+candidates some lie between modes. Vashist, Peng & Li 2024 (RS-IMLE, arXiv 2409.17439); Rana et al. 2025 (IMLE Policy,
+arXiv 2502.12371), whose rejection per demonstration this is.
 
 B batch, K candidates per sample, H horizon, A action dimensions.
 """

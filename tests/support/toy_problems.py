@@ -111,7 +111,7 @@ class Skew:
 class ClosedFormExpert:
     """A bound expert that answers `function(x, level)`, or `function(x, level, second_level)`; levels come as (B, 1, 1).
 
-    It keeps the dtype of x. `shift`, added to every answer, is there to be differentiated."""
+    All in the dtype of x. `shift`, added to every answer, is there to be differentiated."""
 
     function: Callable[..., Tensor]
     shift: Tensor | None = None
@@ -123,7 +123,8 @@ class ClosedFormExpert:
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         self.levels.append(noise_level_B[0].item())
         self.num_rows.append(len(x_BHA))
-        levels = [level_B[:, None, None] for level_B in (noise_level_B, second_level_B) if level_B is not None]
+        given = [level_B for level_B in (noise_level_B, second_level_B) if level_B is not None]
+        levels = [level_B.to(x_BHA.dtype)[:, None, None] for level_B in given]
         answer_BHA = self.function(x_BHA, *levels)
         return answer_BHA if self.shift is None else answer_BHA + self.shift
 

@@ -1,6 +1,8 @@
 """What is trained: the rest stays as it was, is not saved again, and comes back with every checkpoint."""
 
+import csv
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -9,7 +11,10 @@ from safetensors.torch import load_file
 
 from vlatune.data.episodes import DataError
 from vlatune.policy.acting import load_policy
+from vlatune.policy.objectives.rs_imle import RSIMLE
+from vlatune.train.recipes import load_recipe
 from vlatune.train.run import main
+from vlatune.train.run import train as run_training
 
 SETTINGS = ("--engine", "plain", "--num-steps", "2", "--checkpoint-every", "1", "--lora.rank", "2")
 
@@ -80,3 +85,15 @@ def test_a_killed_lora_run_goes_on_and_ends_where_it_would_have(small_cache, tmp
 def test_what_cannot_be_adapted_is_refused(small_cache, tmp_path):
     with pytest.raises(ValueError, match=r"lora\.expert is 'cross_attn', and a gemma has"):
         train(small_cache, tmp_path / "run", "--trained", "lora", "--lora.expert", "cross_attn")
+
+
+def test_an_objectives_metrics_are_columns_of_the_runs_csv(small_cache, tmp_path):
+    out = tmp_path / "run"
+    script = replace(load_recipe("tiny"), cache=small_cache.path, out=out, engine="plain")
+    policy = replace(script.policy, objective=RSIMLE(num_candidates=3))
+    run_training(replace(script, policy=policy, num_steps=3, stop_at_step=2, log_every=1))
+    run_training(replace(script, policy=policy, num_steps=3, log_every=1))
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert all(0 <= float(row["rejection_rate"]) <= 1 for row in rows)
+    assert all(float(row["mean_nearest_distance"]) > 0 for row in rows)
