@@ -1,0 +1,36 @@
+"""``vlatune study NAME``: questions that a command answers with a figure, tables and a paragraph, on a CPU in minutes."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+STUDIES = {
+    "bimodal": (".studies.bimodal", "left-or-right demonstrations: which objectives learn both sides? 10 minutes"),
+    "steps": (".studies.steps", "quality and time against the number of sampling steps, after bimodal; a minute"),
+    "objective": (".studies.objective", "objectives on one pocket recipe, three seeds, paired tests; about an hour"),
+    "chunk": (".studies.chunk", "chunk lengths 4, 16 and 50 on pocket, three seeds, paired tests; about an hour"),
+}
+"""name -> (module with a `main(argv)`, one line of help)."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one study, or list them. Raises ValueError with the nearest name where there is none."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        lines = "\n".join(f"  {name:10} {about}" for name, (_, about) in STUDIES.items())
+        print(
+            f"usage: vlatune study NAME [settings]\n\n{lines}\n\n"
+            "vlatune study NAME --help lists a study's settings. Times are those of two CPU cores."
+        )
+        return
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no study {name!r}; {hint}There are {', '.join(STUDIES)}")
+    importlib.import_module(STUDIES[name][0], __package__).main(words[1:])
+
+
+if __name__ == "__main__":
+    main()
