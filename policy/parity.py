@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -37,13 +38,13 @@ from .prefix import Prefix, PrefixShape
 class ParityConfig:
     """Compare a checkpoint with recorded outputs."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder with the checkpoint and io.safetensors."""
     tolerance: float = 1e-4
     """Largest relative difference that passes; bfloat16 needs about 3e-2."""
     device: str = "cpu"
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
