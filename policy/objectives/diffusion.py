@@ -70,12 +70,7 @@ class Diffusion:
         expert, actions_BHA, valid_BHA = fanned_out(expert, actions_BHA, valid_BHA, draw)
         signal_B11, noise_rate_B11 = self.rates(draw.noise_level_B)
         x_BHA = signal_B11 * actions_BHA + noise_rate_B11 * draw.noise_BHA
-        if self.prediction == "sample":
-            target_BHA = actions_BHA
-        elif self.prediction == "epsilon":
-            target_BHA = draw.noise_BHA
-        else:
-            target_BHA = signal_B11 * draw.noise_BHA - noise_rate_B11 * actions_BHA
+        target_BHA = self.target(actions_BHA, draw.noise_BHA, draw.noise_level_B)
         error_BHA = expert(x_BHA, draw.noise_level_B) - target_BHA
         return Loss(entries_BHA=error_BHA.square(), weight_BHA=valid_BHA.to(error_BHA.dtype), metrics={})
 
@@ -85,12 +80,21 @@ class Diffusion:
         # The scheduler's steps and coefficients live on the CPU: reading them waits for no device.
         for step in scheduler.timesteps.tolist():
             level_B = torch.full_like(noise_BHA[:, 0, 0], step / self.num_train_steps)
-            clean_BHA = self._clean(x_BHA, expert(x_BHA, level_B), level_B)
+            clean_BHA = self.clean(x_BHA, expert(x_BHA, level_B), level_B)
             x_BHA = scheduler.step(clean_BHA, step, x_BHA, return_dict=False)[0]
         return x_BHA
 
+    def target(self, actions_BHA: Tensor, noise_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+        """What the expert is to answer; `clean` undoes it."""
+        if self.prediction == "sample":
+            return actions_BHA
+        if self.prediction == "epsilon":
+            return noise_BHA
+        signal_B11, noise_rate_B11 = self.rates(noise_level_B)
+        return signal_B11 * noise_BHA - noise_rate_B11 * actions_BHA
+
     def rates(self, noise_level_B: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of a noisy action is signal, and how much noise: each (B, 1, 1) float32, of squares that sum to 1.
+        """How much of a noisy action is signal, and how much noise: each (B, 1, 1) in the level's dtype, of squares that sum to 1.
 
         diffusers' `squaredcos_cap_v2` in closed form, on any device without a table: of its steps only the last, which
         would remove all of the signal, meets the cap."""
@@ -98,9 +102,10 @@ class Diffusion:
         before_B = _squared_cosine(step_B / self.num_train_steps)
         after_B = _squared_cosine((step_B + 1) / self.num_train_steps)
         power_B = torch.maximum(after_B, 1e-3 * before_B) / _squared_cosine(torch.zeros_like(step_B))
-        return power_B.sqrt().float()[:, None, None], (1 - power_B).sqrt().float()[:, None, None]
+        signal_B, noise_rate_B = power_B.sqrt(), (1 - power_B).sqrt()
+        return signal_B.to(noise_level_B.dtype)[:, None, None], noise_rate_B.to(noise_level_B.dtype)[:, None, None]
 
-    def _clean(self, x_BHA: Tensor, output_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
+    def clean(self, x_BHA: Tensor, output_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
         """The clean action that the expert's output means."""
         signal_B11, noise_rate_B11 = self.rates(noise_level_B)
         if self.prediction == "sample":

@@ -176,3 +176,23 @@ def test_settings_that_make_no_sense_are_refused():
         Diffusion(sampler="ddim", num_sampling_steps=7)
     with pytest.raises(ValueError, match=r"set objective\.clip"):
         Diffusion(prediction="epsilon")
+
+
+@pytest.mark.parametrize("prediction", ["sample", "epsilon", "v"])
+def test_there_and_back_between_what_is_predicted_the_action_and_the_noise(prediction):
+    """In float64, at every level from nearly clean to nearly pure noise."""
+    objective = Diffusion(prediction=prediction, clip=1e6)
+    level_B = (torch.arange(0, 1000, 37, dtype=torch.float64)) / 1000
+    generator = torch.Generator().manual_seed(0)
+    actions, noise = (torch.randn(len(level_B), 4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    signal, noise_rate = objective.rates(level_B)
+    x = signal * actions + noise_rate * noise
+    clean = objective.clean(x, objective.target(actions, noise, level_B), level_B)
+    assert torch.allclose(clean, actions, atol=1e-10, rtol=0)
+    assert torch.allclose((x - signal * clean) / noise_rate, noise, atol=1e-7, rtol=0)
+
+    # The straight path's velocity, in whose terms flow speaks of the same two.
+    level = level_B[:, None, None]
+    mixed, velocity = (1 - level) * actions + level * noise, noise - actions
+    assert torch.allclose(mixed - level * velocity, actions, atol=1e-12, rtol=0)
+    assert torch.allclose(mixed + (1 - level) * velocity, noise, atol=1e-12, rtol=0)
