@@ -37,7 +37,7 @@ def test_the_loader_writes_each_samples_own_normalised_state(small_cache):
         prompt_text(
             "pi05",
             small_cache.episodes["instruction"].iloc[episode],
-            normaliser(torch.from_numpy(small_cache.state_NS[frame])).numpy(),
+            normaliser(torch.tensor(small_cache.state_NS[frame])).numpy(),
         )
         for episode, frame in zip(episodes, frames, strict=True)
     ]
