@@ -21,7 +21,8 @@ Scope = Literal["none", "attention", "attention+mlp", "cross_attn", "adaptor_onl
 
 _DECODER_ATTENTION = r"layers\.\d+\.self_attn\.[qkvo]_proj"
 _DECODER_MLP = r"layers\.\d+\.mlp\.(gate|up|down)_proj"
-_VISION = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+_VISION_ATTENTION = r"vision_tower\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"
+_VISION = rf"{_VISION_ATTENTION}|vision_tower\.encoder\.layers\.\d+\.mlp\.fc[12]"
 _DIT_ATTENTION = r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q|kv|proj))"
 _DIT_MLP = r"blocks\.\d+\.ffn\.fc[12]"
 _DIT_ADAPTORS = r"(lang|img|state)_adaptor\.\d+"
@@ -40,7 +41,7 @@ SCOPES: Mapping[str, Mapping[str, str]] = {
         "adaptor_only": r"connector|state_proj",
         "all": rf"language_model\.({_DECODER_ATTENTION}|{_DECODER_MLP})|{_VISION}|connector|state_proj",
     },
-    "siglip_t5": {"attention": _VISION.replace(r"|mlp\.fc[12]", ""), "all": _VISION},
+    "siglip_t5": {"attention": _VISION_ATTENTION, "all": _VISION},
     "clip": {},
     "gemma": {
         "attention": _DECODER_ATTENTION,

@@ -35,11 +35,6 @@ class SiglipConfig:
     """How pixels become tokens: SigLIP's one linear patch embedding, or strided 3 x 3 convolutions, which learn from far
     fewer images when nothing is pretrained."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Per image."""
-        return (self.image_px // self.patch_px) ** 2
-
 
 class ConvStem(nn.Module):
     """Halves the image with 3 x 3 convolutions until one position stands for `patch_px` pixels."""

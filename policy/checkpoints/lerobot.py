@@ -22,10 +22,9 @@ from ..objectives import ObjectiveConfig
 from ..objectives.flow import Flow
 from ..policy import Policy
 from . import renaming
-from .lerobot_processors import write_processors
+from .lerobot_processors import normalization_mapping, write_processors
 
 SMOLVLM_NAME = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
-MODES = {"mean_std": "MEAN_STD", "quantile": "QUANTILES", "min_max": "MIN_MAX", "identity": "IDENTITY"}
 
 
 def write_lerobot(folder: Path, policy: Policy, *, tokenizer: str | None) -> None:
@@ -124,11 +123,7 @@ def _config(kind: str, policy: Policy) -> dict[str, Any]:
         "n_action_steps": config.horizon,
         "max_state_dim": policy.state_layout.width,
         "max_action_dim": policy.action_layout.width,
-        "normalization_mapping": {
-            "VISUAL": "IDENTITY",
-            "STATE": MODES[config.state_normalisation],
-            "ACTION": MODES[config.action_normalisation],
-        },
+        "normalization_mapping": normalization_mapping(config.state_normalisation, config.action_normalisation),
         "tokenizer_max_length": 200 if kind == "pi05" else 48,
     }
     if kind == "smolvla":

@@ -112,6 +112,12 @@ def read_normalisation(
     )
 
 
+def normalization_mapping(state_mode: NormaliserMode, action_mode: NormaliserMode) -> dict[str, str]:
+    """Our modes as LeRobot's config.json and its steps have them."""
+    theirs = {ours: name for name, ours in MODES.items()}
+    return {"VISUAL": "IDENTITY", "STATE": theirs[state_mode], "ACTION": theirs[action_mode]}
+
+
 def write_processors(
     folder: Path,
     *,
@@ -128,8 +134,7 @@ def write_processors(
     (its config.json).
 
     Dimensions that our normaliser does not scale (under `near_constant`) get the numbers with which LeRobot's does the same."""
-    theirs = {ours: name for name, ours in MODES.items()}
-    norm_map = {"VISUAL": "IDENTITY", "STATE": theirs[state_mode], "ACTION": theirs[action_mode]}
+    norm_map = normalization_mapping(state_mode, action_mode)
     features = {**config["input_features"], **config["output_features"]}
     tensors = {
         f"{feature}.{column}": torch.tensor(values, dtype=torch.float32)

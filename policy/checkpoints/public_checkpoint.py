@@ -51,7 +51,7 @@ class PublicOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicCheckpoint:
-    """A public checkpoint under our names. What only acting needs may be missing: `policy` says so."""
+    """A public checkpoint under our names. What only acting needs may be missing: `build_policy` says so."""
 
     source: Path
     config: PolicyConfig

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..layers.decoder import GEMMA_300M, DecoderBlock, DecoderConfig, KeysValues, appended, make_norm
+from ..layers.decoder import GEMMA_300M, DecoderBlock, DecoderConfig, KeysValues, appended, make_norm, repeated
 from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..layers.norms import AdaRMSNorm
 from ..layers.rotary import rotary_angles
@@ -99,11 +99,8 @@ class BoundGemmaExpert:
         self.layers_kv = layers_kv
 
     def fan_out(self, num_candidates: int) -> "BoundGemmaExpert":
-        def repeated(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(num_candidates, dim=0)
-
-        layers_kv = tuple((repeated(keys), repeated(values)) for keys, values in self.layers_kv)
-        return BoundGemmaExpert(self.expert, repeated(self.mask_BP), layers_kv)
+        mask_BP = self.mask_BP.repeat_interleave(num_candidates, dim=0)
+        return BoundGemmaExpert(self.expert, mask_BP, repeated(self.layers_kv, num_candidates))
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         expert = self.expert

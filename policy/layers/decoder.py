@@ -160,5 +160,13 @@ def appended(prefix: KeysValues, own: KeysValues) -> KeysValues:
     return torch.cat([prefix[0], own[0]], dim=2), torch.cat([prefix[1], own[1]], dim=2)
 
 
+def repeated(layers_kv: tuple[KeysValues, ...], num_copies: int) -> tuple[KeysValues, ...]:
+    """Row b of the batch becomes rows b * num_copies, …, b * num_copies + num_copies - 1."""
+    return tuple(
+        (keys.repeat_interleave(num_copies, dim=0), values.repeat_interleave(num_copies, dim=0))
+        for keys, values in layers_kv
+    )
+
+
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + branch if gate is None else x + branch * gate

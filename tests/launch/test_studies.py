@@ -1,4 +1,5 @@
-"""Studies: the toy's geometry, intervals, rows that survive a kill, and both toy studies end to end; pocket's with fakes."""
+"""Long because all studies share its small settings and fakes: the toy's geometry, intervals, rows that survive a kill, both toy
+studies end to end, and those on pocket with fakes."""
 
 import ast
 import csv

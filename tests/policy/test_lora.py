@@ -1,6 +1,7 @@
 """Every adapter of every scope is in the forward, merging changes nothing, and files are PEFT's."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -92,6 +93,14 @@ def test_saved_in_pefts_format_loaded_by_peft_and_merged_without_a_change(name, 
     merged = merge_adapter(fresh, tmp_path)
     assert torch.allclose(sample(merged, batch), adapted, atol=1e-4)
     assert not any("lora" in parameter_name for parameter_name in merged.state_dict())
+
+
+@pytest.mark.parametrize(("scope", "per_layer"), [("attention", 4), ("all", 6)])
+def test_rdts_vision_tower_is_adapted_where_it_is_trained(scope, per_layer):
+    config = PRESETS["rdt"](tiny=True)
+    policy = make_policy(replace(config, backbone=replace(config.backbone, train_vision=True)))
+    targets = adapter_targets(policy, LoraConfig(backbone=scope, expert="none"))
+    assert len(targets) == per_layer * config.backbone.vision.depth
 
 
 def test_refusals(tmp_path):
