@@ -106,6 +106,7 @@ class CacheWriter:
 
     def finish(self, splits: Sequence[str], language: Language) -> None:
         """Write the rest (`splits`: one of "train", "validation" per episode), then rename. Safe to repeat after a kill."""
+        self._remove_all_but_rows()
         lengths = np.array([episode.length for episode in self.written], np.int64)
         num_frames = int(lengths.sum())
         train_N = np.repeat(np.array(splits) == "train", lengths)
@@ -117,10 +118,8 @@ class CacheWriter:
         }
         table = pyarrow.table({name: columns[name] for name in EPISODE_COLUMNS})
         pyarrow.parquet.write_table(table, self._cache / "episodes.parquet")
-        shutil.rmtree(self._cache / "language", ignore_errors=True)
         language.save(self._cache / "language")
         self._statistics(num_frames, train_N).save(self._cache / "statistics.json")
-        (self._cache / "manifest.json").unlink(missing_ok=True)
         files = sorted(file for file in self._cache.rglob("*") if file.is_file())
         manifest = Manifest(
             source=self._source,
@@ -141,6 +140,14 @@ class CacheWriter:
         write_whole(self._cache / "manifest.json", manifest.to_bytes())
         self._cache.rename(self._path)
         shutil.rmtree(self._work)
+
+    def _remove_all_but_rows(self) -> None:
+        """What a writer killed while finishing left: whole files, and temporary ones that nobody came back to rename."""
+        for path in self._cache.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self._row_bytes:
+                path.unlink()
 
     def _statistics(self, num_frames: int, train_N: np.ndarray) -> Statistics:
         state_NS, actions_NA = (

@@ -146,6 +146,19 @@ def test_killed_while_finishing(demos, tmp_path, monkeypatch, step):
     assert contents(prepare(config(demos, out))) == whole
 
 
+def test_what_a_kill_left_half_written_is_not_part_of_the_cache(demos, tmp_path, monkeypatch):
+    whole = contents(prepare(config(demos, tmp_path / "whole")))
+    out = tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at_episode(patch, 3)
+        prepare(config(demos, out))
+    work = unfinished_path(out) / "cache"
+    (work / "language").mkdir()
+    for name in ("statistics.json.tmp77", "manifest.json.tmp77", "manifest.json", "language/language.json.tmp77"):
+        (work / name).write_text("{")  # SIGKILL: nothing tidies up
+    assert contents(prepare(config(demos, out))) == whole
+
+
 def prepare_to_be_killed(config: PrepareConfig) -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared with the parent, who would wait for the dead for ever
     prepare(config)
