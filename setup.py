@@ -38,6 +38,7 @@ setup(
         "scipy>=1.11",  # intervals and tests
         "matplotlib>=3.8",  # figures of the report
         "jinja2>=3.1",  # the report's page
+        "av>=12",  # LeRobot datasets keep their pictures as mp4
         "imageio[ffmpeg]>=2.34",  # mp4 without a system ffmpeg
         "tensorboard>=2.16",
         "tqdm>=4.66",

@@ -4,7 +4,7 @@
     images_<camera>.u8      (N, px, px, 3) uint8: turned upright, padded to a square, resized
     state.f32               (N, S) float32, raw units
     actions.f32             (N, A) float32, raw units
-    episodes.parquet        start, length, task, instruction, source, split ("train" or "validation")
+    episodes.parquet        start, length, suite, task, instruction, source, split ("train" or "validation")
     language/               tokenizer, token ids and embeddings of every instruction
     statistics.json         of the training episodes' states and actions
 
@@ -31,8 +31,8 @@ from .normalise import Statistics
 from .robots.card import RobotCard
 
 FORMAT = "vlatune cache"
-FORMAT_VERSION = 1
-EPISODE_COLUMNS = ("start", "length", "task", "instruction", "source", "split")
+FORMAT_VERSION = 2
+EPISODE_COLUMNS = ("start", "length", "suite", "task", "instruction", "source", "split")
 
 
 @dataclass(frozen=True, kw_only=True)

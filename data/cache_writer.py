@@ -8,7 +8,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +28,16 @@ from .language import Language
 from .normalise import Statistics
 from .robots.card import RobotCard
 
+NUM_THREADS = min(8, len(os.sched_getaffinity(0)))
+"""That resize pictures; PIL lets go of the interpreter meanwhile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenEpisode:
     """A line of `progress.jsonl`."""
 
     source: str
+    suite: str
     task: str
     instruction: str
     length: int
@@ -69,6 +75,7 @@ class CacheWriter:
         self.written = self._continue()
         self._files: dict[str, IO[bytes]] = {name: (self._cache / name).open("ab") for name in self._row_bytes}
         self._progress = (self._work / "progress.jsonl").open("ab")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "prepare")
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +83,7 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._threads.shutdown(cancel_futures=True)
         for file in (*self._files.values(), self._progress):
             file.close()
         self._lock.close()
@@ -85,24 +93,45 @@ class CacheWriter:
         missing = [camera for camera in self._robot.cameras if camera not in episode.images]
         if missing:
             raise DataError(f"{episode.key} has no images of {', '.join(missing)}, which robot {self._robot.name} has")
-        rows: dict[str, np.ndarray] = {
-            f"images_{camera}.u8": self._image_rule.prepare(episode.images[camera]) for camera in self._robot.cameras
-        }
-        rows |= {"state.f32": episode.state_NS.astype("<f4"), "actions.f32": episode.actions_NA.astype("<f4")}
         length = len(episode.actions_NA)
-        for name, file in self._files.items():
-            content = np.ascontiguousarray(rows[name]).tobytes()
-            if len(content) != length * self._row_bytes[name]:
+        for name, values in (("state.f32", episode.state_NS), ("actions.f32", episode.actions_NA)):
+            rows = np.ascontiguousarray(values.astype("<f4"))
+            if rows.nbytes != length * self._row_bytes[name]:
                 raise DataError(
-                    f"{episode.key} has {rows[name].shape} for {name}; that is not {length} rows of the robot's size"
+                    f"{episode.key} has {rows.shape} for {name}; that is not {length} rows of the robot's size"
                 )
-            file.write(content)
+            self._files[name].write(rows.data)
+        for camera in self._robot.cameras:
+            num_pictures = 0
+            for block in self._prepared(episode.images[camera]):
+                self._files[f"images_{camera}.u8"].write(block.data)
+                num_pictures += len(block)
+            if num_pictures != length:
+                raise DataError(
+                    f"{episode.key} has {num_pictures} pictures of {camera} and {length} actions; record it again or leave it out"
+                )
         for file in self._files.values():
             _to_disk(file)
-        written = WrittenEpisode(source=episode.key, task=episode.task, instruction=episode.instruction, length=length)
+        written = WrittenEpisode(
+            source=episode.key,
+            suite=episode.suite,
+            task=episode.task,
+            instruction=episode.instruction,
+            length=length,
+        )
         self._progress.write(json.dumps(asdict(written), ensure_ascii=False).encode() + b"\n")
         _to_disk(self._progress)
         self.written.append(written)
+
+    def _prepared(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The blocks as the cache keeps them, in order: while one is written, the next ones are read and resized."""
+        ahead: deque[Future[np.ndarray]] = deque()
+        for block in blocks:
+            ahead.append(self._threads.submit(self._image_rule.prepare, block))
+            if len(ahead) > NUM_THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
     def finish(self, splits: Sequence[str], language: Language) -> None:
         """Write the rest (`splits`: one of "train", "validation" per episode), then rename. Safe to repeat after a kill."""
@@ -113,7 +142,7 @@ class CacheWriter:
         columns = {
             "start": np.cumsum(lengths) - lengths,
             "length": lengths,
-            **{name: [getattr(e, name) for e in self.written] for name in ("task", "instruction", "source")},
+            **{name: [getattr(e, name) for e in self.written] for name in ("suite", "task", "instruction", "source")},
             "split": list(splits),
         }
         table = pyarrow.table({name: columns[name] for name in EPISODE_COLUMNS})

@@ -1,6 +1,6 @@
 """What a source of demonstrations offers: whole episodes, one at a time, by key."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,15 +15,22 @@ class Episode:
 
     key: str
     """Stable within its source: `<file>/<demo>`."""
+    suite: str = ""
+    """The family of tasks that the source says it belongs to, such as `libero_spatial`; empty where it does not say."""
     task: str
     """The task's name, e.g. its HDF5 file without `_demo.hdf5`."""
     instruction: str
-    images: Mapping[str, np.ndarray]
-    """camera -> (N, rows, columns, 3) uint8, in the orientation of the source."""
+    images: Mapping[str, Iterable[np.ndarray]]
+    """camera -> blocks (n, rows, columns, 3) uint8 in the source's orientation, N pictures together. They are read while they
+    are iterated over, so that a long episode is never in memory whole; damage found then raises `DataError`."""
     state_NS: np.ndarray
     """float32, raw units, in the robot card's order."""
     actions_NA: np.ndarray
     """float32, raw units."""
+
+    def pictures(self, camera: str) -> np.ndarray:
+        """(N, rows, columns, 3) uint8: all of a camera's pictures at once, for episodes that fit into memory."""
+        return np.concatenate(list(self.images[camera]))
 
 
 class EpisodeSource(Protocol):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .episodes import DataError, EpisodeSource
 from .images import ImageRule, Orientation, Padding, Resize
+from .noops import without_noops
 from .sources.libero_hdf5 import LiberoHdf5Source, ObservationTiming
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Demonstrations in LIBERO's HDF5 format -> a cache that training reads. Killed, it continues where it was."""
+    """Demonstrations -> a cache that training reads. Killed, it continues where it was."""
 
     demos: Annotated[Path, tyro.conf.Positional]
-    """An HDF5 file, or a folder with some (searched recursively)."""
+    """An HDF5 file in LIBERO's format, or a folder with some (searched recursively); or the folder of a LeRobot dataset, or its name
+    on the Hugging Face hub."""
     out: Path
     """The cache to make. An equal one that is there is left as it is; a different one is refused."""
     image_px: int = 64
@@ -48,8 +50,12 @@ class PrepareConfig:
     encoder: str = "seeded-t5"
     """Text encoder whose output is stored per instruction: `seeded-t5` (small, random, recorded), `none`, or the name or
     folder of a T5 (with its own tokenizer)."""
+    robot: str = "libero_panda"
+    """What the state is made of: libero_panda (end effector and fingers, as openpi and OpenVLA read LIBERO), or another card of data/robots/."""
+    drop_noops: bool = False
+    """Leave out the moments in which nothing moves, by OpenVLA's rule (data/noops.py)."""
     observation_timing: ObservationTiming = "auto"
-    """Whether the files recorded observations before or after their actions; `auto` asks the files."""
+    """HDF5: whether the files recorded observations before or after their actions; `auto` asks the files."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
@@ -77,17 +83,26 @@ class PrepareConfig:
             "validation_share": self.validation_share,
             "tokenizer": self.tokenizer,
             "encoder": self.encoder,
+            "robot": self.robot,
+            "drop_noops": self.drop_noops,
             "observation_timing": self.observation_timing,
         }
 
 
-def prepare(config: PrepareConfig) -> Path:
-    """Make the cache, or leave an equal one as it is; returns its path. Raises `DataError` in one sentence."""
+def open_source(config: PrepareConfig) -> EpisodeSource:
+    """The demonstrations, whichever format they are in. Raises `DataError` when they cannot be opened."""
+    return LiberoHdf5Source(config.demos, observation_timing=config.observation_timing)
+
+
+def prepare(config: PrepareConfig, source: EpisodeSource | None = None) -> Path:
+    """Make the cache, or leave an equal one as it is; returns its path. Raises `DataError` in one sentence.
+
+    `source` stands in for what is at `config.demos`: demonstrations in a format of your own."""
     from .cache_writer import CacheWriter
     from .language import Language, check_available
 
     image_rule = config.image_rule
-    source = LiberoHdf5Source(config.demos, observation_timing=config.observation_timing)
+    source = open_source(config) if source is None else source
     fingerprint = source.fingerprint()
     if config.out.exists():
         _check_equal(config, source)
@@ -101,7 +116,7 @@ def prepare(config: PrepareConfig) -> Path:
             robot=source.robot,
             image_rule=image_rule,
         ) as writer:
-            _append_episodes(source, writer)
+            _append_episodes(source, writer, drop_noops=config.drop_noops)
             episodes = writer.written
             splits = split_episodes([e.task for e in episodes], [e.source for e in episodes], config.validation_share)
             writer.finish(splits, Language.build([e.instruction for e in episodes], config.tokenizer, config.encoder))
@@ -126,7 +141,7 @@ def split_episodes(tasks: Sequence[str], keys: Sequence[str], validation_share: 
     return splits
 
 
-def _append_episodes(source: EpisodeSource, writer: "CacheWriter") -> None:
+def _append_episodes(source: EpisodeSource, writer: "CacheWriter", *, drop_noops: bool) -> None:
     keys = source.keys()
     done = len(writer.written)
     if [episode.source for episode in writer.written] != list(keys[:done]):
@@ -135,6 +150,8 @@ def _append_episodes(source: EpisodeSource, writer: "CacheWriter") -> None:
         num_frames = 0
         for key in keys[done:]:
             episode = source.read(key)
+            if drop_noops:
+                episode = without_noops(episode, source.robot.gripper_action)
             writer.append(episode)
             num_frames += len(episode.actions_NA)
             progress.set_postfix_str(f"{num_frames} frames", refresh=False)

@@ -11,7 +11,8 @@ the attribute `observation_timing` of `data`; LIBERO's are known by their attrib
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ ObservationTiming = Literal["auto", "before_action", "after_action"]
 
 CAMERA_KEYS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
 STATE_KEYS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
+BLOCK_FRAMES = 64
+"""Pictures read at once: as many as a chunk of the file and the prepared ones need, whatever the episode's length."""
 
 
 class LiberoHdf5Source:
@@ -51,6 +54,7 @@ class LiberoHdf5Source:
                 "e.g. one that `vlatune collect` wrote"
             )
         self._files = {file.relative_to(self._root).as_posix(): file for file in files}
+        self._sizes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._keys = tuple(f"{name}/{demo}" for name in self._files for demo in self._demos(name))
         if not self._keys:
             raise DataError(
@@ -76,14 +80,13 @@ class LiberoHdf5Source:
                 group, attributes = file[f"data/{demo}"], file["data"].attrs
                 actions_NA = _numbers(group, "actions", len(self.robot.action_names), where)
                 state_parts = {part: _numbers(group, f"obs/{part}", size, where) for part, size in STATE_KEYS.items()}
-                images = {camera: _pictures(group, f"obs/{part}", where) for camera, part in CAMERA_KEYS.items()}
+                images = {camera: _Pictures.of(file, demo, part, where) for camera, part in CAMERA_KEYS.items()}
                 observed_before = self._observed_before_action(attributes, where)
                 task = Path(file_name).stem.removesuffix("_demo")
                 instruction = _text(attributes["task_language"]) if "task_language" in attributes else language_of(task)
             except OSError as error:
-                raise DataError(
-                    f"{where} cannot be read ({_first_line(error)}); copy or download the file again"
-                ) from error
+                raise _unreadable(where, error) from error
+        self._check_one_size(file_name, images, where)
         lengths = {name: len(part) for name, part in ({"actions": actions_NA} | state_parts | images).items()}
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -91,12 +94,28 @@ class LiberoHdf5Source:
         state_NS = np.concatenate(list(state_parts.values()), axis=1)
         if not observed_before:
             actions_NA, state_NS = actions_NA[1:], state_NS[:-1]
-            images = {camera: pictures[:-1] for camera, pictures in images.items()}
+            images = {camera: pictures.without_last() for camera, pictures in images.items()}
         if len(actions_NA) == 0:
             raise DataError(f"{where} is empty: no action with an observation before it; delete that group")
         return Episode(
-            key=key, task=task, instruction=instruction, images=images, state_NS=state_NS, actions_NA=actions_NA
+            key=key,
+            suite=suite_of(self._files[file_name]),
+            task=task,
+            instruction=instruction,
+            images=images,
+            state_NS=state_NS,
+            actions_NA=actions_NA,
         )
+
+    def _check_one_size(self, file_name: str, images: Mapping[str, "_Pictures"], where: str) -> None:
+        """Against the file's first demonstration that was read."""
+        sizes = self._sizes.setdefault(file_name, {camera: pictures.size for camera, pictures in images.items()})
+        for camera, pictures in images.items():
+            if pictures.size != sizes[camera]:
+                raise DataError(
+                    f"{where} has pictures of {pictures.size} of camera {camera}, other demonstrations of that file have "
+                    f"{sizes[camera]}; one file must have one size: record it again or delete that group"
+                )
 
     def _demos(self, name: str) -> list[str]:
         """The file's `demo_<i>`, by number: `demo_2` before `demo_10`."""
@@ -120,6 +139,12 @@ class LiberoHdf5Source:
         if timing not in ("before_action", "after_action"):
             raise DataError(f"{where} has observation_timing {timing!r}; it can be before_action or after_action")
         return timing == "before_action"
+
+
+def suite_of(file: Path) -> str:
+    """LIBERO keeps a suite in a folder of its name; empty for files that are elsewhere."""
+    name = file.absolute().parent.name
+    return name if re.fullmatch(r"libero_(spatial|object|goal|10|90|100)|pocket\w*", name) else ""
 
 
 def language_of(task: str) -> str:
@@ -155,14 +180,46 @@ def _numbers(group: h5py.Group, key: str, size: int, where: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _pictures(group: h5py.Group, key: str, where: str) -> np.ndarray:
-    """(N, rows, columns, 3) uint8; `DataError` if missing or something else."""
-    dataset = _dataset(group, key, where)
-    if dataset.dtype != np.uint8 or dataset.ndim != 4 or dataset.shape[-1] != 3:
-        raise DataError(
-            f"{where} has `{key}` of {dataset.dtype} and shape {dataset.shape}; it must be uint8 of shape (N, rows, columns, 3)"
+@dataclass(frozen=True, kw_only=True)
+class _Pictures:
+    """Blocks of one camera's pictures; the file is open while one is read."""
+
+    path: Path
+    key: str
+    num_frames: int
+    size: tuple[int, ...]
+    where: str
+
+    @classmethod
+    def of(cls, file: h5py.File, demo: str, part: str, where: str) -> "_Pictures":
+        """`DataError` if they are missing or something else."""
+        dataset = _dataset(file[f"data/{demo}"], f"obs/{part}", where)
+        if dataset.dtype != np.uint8 or dataset.ndim != 4 or dataset.shape[-1] != 3:
+            raise DataError(
+                f"{where} has `obs/{part}` of {dataset.dtype} and shape {dataset.shape}; it must be uint8 of shape "
+                "(N, rows, columns, 3)"
+            )
+        return cls(
+            path=Path(file.filename),
+            key=f"data/{demo}/obs/{part}",
+            num_frames=len(dataset),
+            size=dataset.shape[1:3],
+            where=where,
         )
-    return np.asarray(dataset[()])
+
+    def without_last(self) -> "_Pictures":
+        return replace(self, num_frames=self.num_frames - 1)
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with _open(self.path) as file:
+            for start in range(0, self.num_frames, BLOCK_FRAMES):
+                try:
+                    yield file[self.key][start : min(start + BLOCK_FRAMES, self.num_frames)]
+                except OSError as error:
+                    raise _unreadable(self.where, error) from error
 
 
 def _dataset(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
@@ -172,6 +229,10 @@ def _dataset(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
             f"{where} has no `{key}`; it has {', '.join(there) or 'nothing'}; record it again or delete that group"
         )
     return group[key]
+
+
+def _unreadable(where: str, error: OSError) -> DataError:
+    return DataError(f"{where} cannot be read ({_first_line(error)}); copy or download the file again")
 
 
 def _text(value: object) -> str:

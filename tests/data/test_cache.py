@@ -30,7 +30,7 @@ def test_it_holds_the_sources_episodes_prepared(small_cache):
         np.testing.assert_array_equal(small_cache.state_NS[frames], episode.state_NS)
         np.testing.assert_array_equal(small_cache.actions_NA[frames], episode.actions_NA)
         for camera in ("agentview", "eye_in_hand"):
-            prepared = small_cache.image_rule.prepare(episode.images[camera])
+            prepared = small_cache.image_rule.prepare(episode.pictures(camera))
             np.testing.assert_array_equal(small_cache.images[camera][frames], prepared)
     assert small_cache.robot == LIBERO_PANDA
     assert small_cache.image_rule == ImageRule(size_px=16)
@@ -110,8 +110,8 @@ def test_an_unfinished_cache(tmp_path):
 
 def test_another_format_version(copied):
     manifest = copied / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(DataError, match="has format version 2, this vlatune reads 1; delete it and run"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(DataError, match="has format version 1, this vlatune reads 2; delete it and run"):
         Cache.open(copied)
 
 

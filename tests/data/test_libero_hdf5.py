@@ -55,7 +55,7 @@ def test_what_our_own_writer_wrote_reads_back(tmp_path):
     state = np.concatenate([demo.ee_pos, demo.ee_ori, demo.gripper_states], axis=1)
     np.testing.assert_array_equal(episode.state_NS, state.astype(np.float32))
     for camera, images in demo.images.items():
-        np.testing.assert_array_equal(episode.images[camera], images)
+        np.testing.assert_array_equal(episode.pictures(camera), images)
 
 
 def test_an_episode_is_what_the_file_holds(write_demos, tmp_path):
@@ -68,7 +68,7 @@ def test_an_episode_is_what_the_file_holds(write_demos, tmp_path):
         for columns, name in ((slice(0, 3), "ee_pos"), (slice(3, 6), "ee_ori"), (slice(6, 8), "gripper_states")):
             np.testing.assert_array_equal(episode.state_NS[:, columns], demo["obs"][name][()].astype(np.float32))
         for camera in ("agentview", "eye_in_hand"):
-            np.testing.assert_array_equal(episode.images[camera], demo["obs"][f"{camera}_rgb"][()])
+            np.testing.assert_array_equal(episode.pictures(camera), demo["obs"][f"{camera}_rgb"][()])
     assert episode.state_NS.dtype == episode.actions_NA.dtype == np.float32
 
 
@@ -78,7 +78,7 @@ def test_liberos_own_files_are_shifted_so_that_observations_precede_their_action
     episode = LiberoHdf5Source(path).read("official_demo.hdf5/demo_0")
     np.testing.assert_allclose(episode.actions_NA[:, 0] * 1000, [1, 2, 3, 4], atol=1e-4)
     np.testing.assert_allclose(episode.state_NS[:, 0] * 1000, [0, 1, 2, 3], atol=1e-4)
-    np.testing.assert_array_equal(episode.images["agentview"][:, 0, 0, 1], [0, 1, 2, 3])
+    np.testing.assert_array_equal(episode.pictures("agentview")[:, 0, 0, 1], [0, 1, 2, 3])
 
 
 def test_the_user_can_say_when_the_observations_were_recorded(write_demos, tmp_path):
@@ -161,8 +161,39 @@ def test_damaged_chunk(write_demos, tmp_path):
     content = bytearray(path.read_bytes())
     content[chunk.byte_offset + 10] ^= 0xFF
     path.write_bytes(content)
+    episode = LiberoHdf5Source(path).read("bad_demo.hdf5/demo_0")
     with pytest.raises(DataError, match=r"demo_0 of .*bad_demo\.hdf5 cannot be read"):
-        LiberoHdf5Source(path).read("bad_demo.hdf5/demo_0")
+        episode.pictures("agentview")
+
+
+def test_pictures_of_differing_size_in_one_file(write_demos, tmp_path):
+    path = write_demos(tmp_path / "mixed_demo.hdf5", (4, 3))
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1/obs/eye_in_hand_rgb"]
+        file["data/demo_1/obs/eye_in_hand_rgb"] = np.zeros((3, 8, 16, 3), np.uint8)
+    source = LiberoHdf5Source(path)
+    source.read("mixed_demo.hdf5/demo_0")
+    with pytest.raises(
+        DataError, match=r"demo_1 of .* pictures of \(8, 16\) of camera eye_in_hand, .* \(16, 16\); one file"
+    ):
+        source.read("mixed_demo.hdf5/demo_1")
+
+
+def test_a_long_episode_comes_in_blocks(write_demos, tmp_path):
+    path = write_demos(tmp_path / "long_demo.hdf5", (150,), attributes={})
+    episode = LiberoHdf5Source(path).read("long_demo.hdf5/demo_0")
+    assert [len(block) for block in episode.images["agentview"]] == [
+        64,
+        64,
+        21,
+    ]  # the last was seen after the last action
+    np.testing.assert_array_equal(episode.pictures("agentview")[:, 0, 0, 1], np.arange(149))
+
+
+def test_the_suite_is_the_folder_liberos_files_are_in(write_demos, tmp_path):
+    for folder, suite in (("libero_spatial", "libero_spatial"), ("libero_90", "libero_90"), ("mine", "")):
+        path = write_demos(tmp_path / folder / "a_demo.hdf5", (2,))
+        assert LiberoHdf5Source(path).read("a_demo.hdf5/demo_0").suite == suite
 
 
 def test_not_in_liberos_format(tmp_path):

@@ -88,7 +88,7 @@ def test_the_reader_reads_it(tmp_path):
     episode = source.read(key)
     assert (episode.task, episode.instruction) == ("put_it_there", "put it there")
     np.testing.assert_array_equal(episode.actions_NA, written.actions.astype(np.float32))
-    np.testing.assert_array_equal(episode.images["agentview"], written.images["agentview"])
+    np.testing.assert_array_equal(episode.pictures("agentview"), written.images["agentview"])
     state = np.concatenate([written.ee_pos, written.ee_ori, written.gripper_states], axis=1)
     np.testing.assert_array_equal(episode.state_NS, state.astype(np.float32))
 
