@@ -36,9 +36,9 @@ setup(
         "pyarrow>=16",  # parquet in caches
         "pillow>=10",  # bilinear resize, as openpi does it
         "scipy>=1.11",  # intervals and tests
-        "matplotlib>=3.8",  # figures of the report
-        "jinja2>=3.1",  # the report's page
-        "av>=12",  # LeRobot datasets keep their pictures as mp4
+        "matplotlib>=3.8",  # figures of the report and of inspect
+        "jinja2>=3.1",  # their pages
+        "av>=14",  # LeRobot datasets keep their pictures as mp4
         "imageio[ffmpeg]>=2.34",  # mp4 without a system ffmpeg
         "tensorboard>=2.16",
         "tqdm>=4.66",
@@ -73,6 +73,7 @@ setup(
     packages=list(packages),
     package_dir=packages,
     package_data={
+        "vlatune.data.inspection": ["*.html", "*.css"],
         "vlatune.ds_configs": ["*.json"],
         "vlatune.launch": ["*.sh", "constraints.txt"],
         "vlatune.eval": ["benchmarks/pocket/**/*", "report/*.html", "report/*.css"],

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from .episodes import DataError
 from .files import file_sha256, json_bytes
@@ -115,10 +116,14 @@ class Cache:
 
     path: Path
     manifest: Manifest
+    language_path: Path
+    """The folder of its language: its own, or one that `vlatune embed` made of its instructions."""
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Checks the manifest and every file's size (`verify_cache` also reads them); raises `DataError`."""
+    def open(cls, path: Path | str, language: Path | None = None) -> Self:
+        """Checks the manifest and every file's size (`verify_cache` also reads them); raises `DataError`.
+
+        `language` stands in for the cache's own."""
         path = Path(path)
         manifest = read_manifest(path)
         for name, record in manifest.files.items():
@@ -132,7 +137,7 @@ class Cache:
                     f"{file} has {file.stat().st_size} bytes instead of {record.size}: it was altered or cut; copy the cache "
                     "again, or delete it and run `vlatune prepare` again"
                 )
-        return cls(path, manifest)
+        return cls(path, manifest, path / "language" if language is None else language)
 
     @property
     def robot(self) -> RobotCard:
@@ -152,7 +157,7 @@ class Cache:
 
     @cached_property
     def language(self) -> Language:
-        return Language.load(self.path / "language")
+        return Language.load(self.language_path)
 
     @cached_property
     def episodes(self) -> pd.DataFrame:
@@ -180,6 +185,14 @@ class Cache:
         """sha256 of the manifest, and through its checksums of everything in the cache."""
         return hashlib.sha256((self.path / "manifest.json").read_bytes()).hexdigest()
 
+    @cached_property
+    def language_digest(self) -> str:
+        """sha256 over the files of its language."""
+        digest = hashlib.sha256()
+        for file in sorted(file for file in self.language_path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(self.language_path).as_posix()} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
     def _mapped(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
         mapped = np.memmap(self.path / name, dtype, mode="r", shape=(self.num_frames, *shape))
         return mapped.view(np.ndarray)  # same memory, without memmap's cost per indexing
@@ -188,7 +201,7 @@ class Cache:
 def verify_cache(path: Path | str) -> None:
     """Read and hash every file; raises `DataError` naming the first one that was altered."""
     cache = Cache.open(path)
-    for name, record in cache.manifest.files.items():
+    for name, record in tqdm(cache.manifest.files.items(), desc="checksums", unit="file", disable=None):
         if file_sha256(cache.path / name) != record.sha256:
             raise DataError(
                 f"{cache.path / name} was altered: its checksum is not the manifest's; copy the cache again, or delete it and "

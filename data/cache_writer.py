@@ -100,6 +100,8 @@ class CacheWriter:
                 raise DataError(
                     f"{episode.key} has {rows.shape} for {name}; that is not {length} rows of the robot's size"
                 )
+            if not np.isfinite(rows).all():
+                raise DataError(f"{episode.key} has NaN or infinity in {name}; record it again or leave it out")
             self._files[name].write(rows.data)
         for camera in self._robot.cameras:
             num_pictures = 0

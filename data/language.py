@@ -1,14 +1,19 @@
 """Instructions as policies read them: token ids and, where a policy wants them, a text encoder's features.
 
-A `Language` is a tokenizer, an optional encoder and a table of the instructions that were known at prepare time. Its folder is
-part of the cache and is copied into every checkpoint; reading it needs neither pickle nor a network. New texts are
-tokenised as they come.
+A `Language` is a tokenizer, an optional encoder and a table of the instructions that were known when it was made. Its folder is
+part of the cache, or stands beside it (`embed.py`), and is copied into every checkpoint; reading it needs neither pickle nor
+a network. New texts are tokenised as they come.
+
+    language.json        the identity of tokenizer and encoder, the texts, and the table's checksum
+    table.safetensors    every text's ids and features
+    tokenizer.model      or tokenizer/: the tokenizer, unless the hub has it
 
 Shape letters: B batch, L tokens, E encoder width.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,8 +23,10 @@ import torch
 from torch import Tensor
 
 from .batch import Prompts
+from .compact_tokenizer import CompactTokenizer
 from .episodes import DataError
 from .files import json_bytes, write_whole
+from .prompt import PromptStyle
 from .text_encoder import TextEncoder, build_encoder, load_encoder
 from .tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
@@ -27,7 +34,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
+class Entry:
     """One text."""
 
     ids_L: Tensor
@@ -41,10 +48,18 @@ def check_available(tokenizer: str, encoder: str) -> None:
     build_encoder(encoder, tokenizer, build_tokenizer(tokenizer, ["a text"]).vocab_size)
 
 
+def distinct_texts(texts: Iterable[str]) -> list[str]:
+    """In order, each once. Raises `DataError` if one is blank, or there is none."""
+    distinct = sorted(set(texts))
+    if not distinct or any(not text.strip() for text in distinct):
+        raise DataError("an instruction is blank (or there is none at all); every episode needs a text")
+    return distinct
+
+
 class Language:
     """Tokenizer, encoder and the table of known texts."""
 
-    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder | None, table: Mapping[str, _Entry]) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder | None, table: Mapping[str, Entry]) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._table = dict(table)
@@ -57,13 +72,27 @@ class Language:
         `tokenizer`: `trained` (sentencepiece, on these texts) or what AutoTokenizer loads by name or folder. `encoder`:
         `seeded-t5` (small, random, recorded), `none`, or a T5 by name or folder. Raises `DataError` when a text is blank or
         something cannot be reached."""
-        distinct = sorted(set(texts))
-        if not distinct or any(not text.strip() for text in distinct):
-            raise DataError("an instruction is blank (or there is none at all); every episode needs a text")
+        distinct = distinct_texts(texts)
         ids = build_tokenizer(tokenizer, distinct)
         features = build_encoder(encoder, tokenizer, ids.vocab_size)
         language = cls(ids, features, {})
-        return cls(ids, features, {text: language._new_entry(text, embedded=features is not None) for text in distinct})
+        if features is None:
+            return language.with_texts(distinct)
+        return language.with_texts(distinct, features.encode_each([ids.encode(text) for text in distinct]))
+
+    def with_texts(self, texts: Sequence[str], embeddings: Iterable[Tensor] | None = None) -> Self:
+        """The same tokenizer and encoder with these texts as its table. `embeddings`: (L, E) each, what the encoder gives for them; None
+        without an encoder. Raises `ValueError` if one is not as long as its text."""
+        if (embeddings is None) != (self._encoder is None):
+            raise ValueError("a language has embeddings of its texts if it has an encoder, and none otherwise")
+        each: Iterable[Tensor | None] = [None] * len(texts) if embeddings is None else embeddings
+        entries: dict[str, Entry] = {}
+        for text, embedding_LE in zip(texts, each, strict=True):
+            entry = self._tokenised(text)
+            if embedding_LE is not None and len(embedding_LE) != len(entry.ids_L):
+                raise ValueError(f"{text!r} has {len(entry.ids_L)} tokens and features of {len(embedding_LE)}")
+            entries[text] = Entry(ids_L=entry.ids_L, embedding_LE=embedding_LE)
+        return type(self)(self._tokenizer, self._encoder, entries)
 
     @classmethod
     def without_texts(cls, tokenizer: str, encoder: str = "none") -> Self:
@@ -81,13 +110,56 @@ class Language:
 
     @property
     def tokenizer_name(self) -> str | None:
-        """A public tokenizer's name or folder; None for one that was trained on the instructions."""
+        """A public tokenizer's name or folder; None for one that was trained on the instructions, a sentencepiece file, a compact one."""
         name: str | None = self._tokenizer.identity.get("name")
         return name
 
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.vocab_size
+
+    @property
+    def kept_ids(self) -> tuple[int, ...] | None:
+        """Rows of the base tokenizer's table that a policy's table has, ascending: its row r is their kept_ids[r]. None: all, in order."""
+        return self._tokenizer.kept_ids if isinstance(self._tokenizer, CompactTokenizer) else None
+
+    @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """Of each known text."""
+        return tuple(len(self._table[text].ids_L) for text in self.known_texts)
+
+    def pieces(self, text: str) -> list[str]:
+        """What `text` becomes, for a person."""
+        return [self._tokenizer.piece(token) for token in self._tokenizer.encode(text)]
+
+    def check_covers(self, instructions: Iterable[str], *, prompt: PromptStyle, folder: Path, cache: Path) -> None:
+        """Raises `DataError` unless every instruction of the `cache` is in this language's table (that of `folder`), and it was made for
+        prompts of this style."""
+        missing = [text for text in dict.fromkeys(instructions) if text not in self._table]
+        again = f"make it again: rm -r {folder} && vlatune embed {cache} --out {folder} {self._options()}"
+        if missing:
+            raise DataError(
+                f"the language {folder} lacks {missing[0]!r}, an instruction of {cache} ({len(missing)} missing in all; it has "
+                f"{len(self.known_texts)} texts), so a text was changed or added since; {again}"
+            )
+        if isinstance(self._tokenizer, CompactTokenizer) and self._tokenizer.style != prompt:
+            raise DataError(
+                f"the language {folder} keeps the tokens of {self._tokenizer.style!r} prompts, and this policy's are {prompt!r}; "
+                f"{again.replace(f'--compact {self._tokenizer.style}', f'--compact {prompt}')}"
+            )
+
+    def _options(self) -> str:
+        """What `vlatune embed` was told."""
+        tokenizer, options = self.identity["tokenizer"], ""
+        if tokenizer["kind"] == "compact":
+            tokenizer, options = tokenizer["base"], f" --compact {tokenizer['style']}"
+        name = {"trained": "trained", "sentencepiece": "FILE.model"}.get(tokenizer["kind"]) or tokenizer["name"]
+        encoder = self.identity["encoder"]
+        if encoder is None:
+            return f"--tokenizer {name} --encoder none{options}"
+        if encoder["kind"] == "seeded-t5":
+            return f"--tokenizer {name} --encoder seeded-t5{options}"
+        return f"--tokenizer {name} --encoder {encoder['name']} --dtype {encoder['dtype']}{options}"
 
     @property
     def embedding_width(self) -> int | None:
@@ -135,9 +207,17 @@ class Language:
         tensors = {"ids": torch.cat([torch.empty(0, dtype=torch.int64), *(entry.ids_L for entry in known)])}
         if self._encoder is not None and known:
             tensors["embeddings"] = torch.cat([e.embedding_LE for e in known if e.embedding_LE is not None])
-        write_whole(folder / "table.safetensors", save(tensors))
-        texts = [{"text": text, "num_tokens": len(self._table[text].ids_L)} for text in self.known_texts]
-        index = {"format_version": FORMAT_VERSION, "identity": self.identity, "texts": texts}
+        table = save(tensors)
+        write_whole(folder / "table.safetensors", table)
+        index = {
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "texts": [
+                {"text": text, "num_tokens": num_tokens}
+                for text, num_tokens in zip(self.known_texts, self.num_tokens, strict=True)
+            ],
+            "table_sha256": hashlib.sha256(table).hexdigest(),
+        }
         write_whole(folder / "language.json", json_bytes(index))
 
     @classmethod
@@ -148,37 +228,43 @@ class Language:
 
         try:
             index = json.loads((folder / "language.json").read_text())
-            tensors = load((folder / "table.safetensors").read_bytes())
+            if index["format_version"] != FORMAT_VERSION:
+                raise DataError(
+                    f"{folder} has language format {index['format_version']}, this vlatune reads {FORMAT_VERSION}; make it again"
+                )
+            stored = (folder / "table.safetensors").read_bytes()
+            sha256 = hashlib.sha256(stored).hexdigest()
+            if index.get("table_sha256", sha256) != sha256:  # older folders have none
+                raise DataError(
+                    f"{folder}/table.safetensors was altered: its sha256 is not the recorded one; copy it again"
+                )
+            tensors = load(stored)
+            lengths = [text["num_tokens"] for text in index["texts"]]
+            ids = torch.split(tensors["ids"], lengths)
+            features = torch.split(tensors["embeddings"], lengths) if "embeddings" in tensors else [None] * len(lengths)
+            table = {
+                text["text"]: Entry(ids_L=ids_L, embedding_LE=embedding_LE)
+                for text, ids_L, embedding_LE in zip(index["texts"], ids, features, strict=True)
+            }
+            tokenizer, encoder = index["identity"]["tokenizer"], index["identity"]["encoder"]
+            return cls(load_tokenizer(tokenizer, folder), load_encoder(encoder), table)
         except (FileNotFoundError, NotADirectoryError) as error:
             missing = Path(error.filename).name
             raise DataError(f"there is no whole language in {folder} (no {missing}); copy the whole folder") from None
-        except (ValueError, SafetensorError) as error:
-            raise DataError(f"the language in {folder} is damaged ({error}); copy the whole folder again") from error
-        if index["format_version"] != FORMAT_VERSION:
-            raise DataError(
-                f"{folder} has language format {index['format_version']}, this vlatune reads {FORMAT_VERSION}; prepare again"
-            )
-        identity = index["identity"]
-        lengths = [text["num_tokens"] for text in index["texts"]]
-        ids = torch.split(tensors["ids"], lengths)
-        features = torch.split(tensors["embeddings"], lengths) if "embeddings" in tensors else [None] * len(lengths)
-        table = {
-            text["text"]: _Entry(ids_L=ids_L, embedding_LE=embedding_LE)
-            for text, ids_L, embedding_LE in zip(index["texts"], ids, features, strict=True)
-        }
-        return cls(load_tokenizer(identity["tokenizer"], folder), load_encoder(identity["encoder"]), table)
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise DataError(f"the language in {folder} is damaged ({error!r}); copy the whole folder again") from error
 
-    def _entry(self, text: str, *, embedded: bool) -> _Entry:
+    def _entry(self, text: str, *, embedded: bool) -> Entry:
         entry = self._table.get(text)
-        if entry is None or (embedded and entry.embedding_LE is None):
-            entry = self._new_entry(text, embedded=embedded)
-            if embedded:  # costly; a tokenised text is cheap, and with the state in it never comes again
-                self._table[text] = entry
+        if entry is None:
+            entry = self._tokenised(text)
+        if embedded and entry.embedding_LE is None:
+            assert self._encoder is not None  # `prompts` saw to it
+            entry = Entry(ids_L=entry.ids_L, embedding_LE=next(self._encoder.encode_each([entry.ids_L.tolist()])))
+            self._table[text] = entry  # costly; a tokenised text is cheap, and with the state in it never comes again
         return entry
 
-    def _new_entry(self, text: str, *, embedded: bool) -> _Entry:
+    def _tokenised(self, text: str) -> Entry:
         if not text.strip():
             raise DataError("an instruction is blank; give a text")
-        ids = self._tokenizer.encode(text)
-        embedding_LE = self._encoder.encode(ids) if embedded and self._encoder is not None else None
-        return _Entry(ids_L=torch.from_numpy(np.array(ids, np.int64)), embedding_LE=embedding_LE)
+        return Entry(ids_L=torch.from_numpy(np.array(self._tokenizer.encode(text), np.int64)), embedding_LE=None)

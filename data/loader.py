@@ -1,27 +1,28 @@
-"""Cache -> batches: chunk windows in a deterministic order, read ahead by a thread.
+"""Caches -> batches: chunk windows in a deterministic order, read ahead by a thread.
 
-Order: the permutations of epoch 0, 1, 2, … (each a function of seed and epoch alone) laid end to end are one endless
-sequence of samples. Global micro-step k takes the next `batch_size * world_size` of them, and rank r the r-th part. So nothing is
-dropped, nothing comes twice within an epoch, and the same samples come in the same order whatever the number of ranks.
+All loaders share one rule: the samples form one endless sequence, a function of the seed alone. Of the `batch_size * world_size` that
+follow the first sample of a micro-step, rank r takes the r-th part. So nothing is dropped, nothing comes twice
+within an epoch, and whoever goes on at the number of samples consumed so far sees exactly what is left, on
+whatever number of ranks and in whatever batch size.
 
-Shape letters as in `batch.py`; N frames of the cache, M samples of the split.
+Shape letters as in `batch.py`; M samples of a cache's split.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from .batch import Batch, Observation
 from .cache import Cache
-from .normalise import NEAR_CONSTANT, Normaliser, NormaliserMode
-from .prompt import PromptStyle, prompt_text
-
-NUM_READ_AHEAD = 3
-"""Batches that the thread keeps ready."""
+from .normalise import NEAR_CONSTANT, NormaliserMode, Statistics
+from .order import EndlessOrder
+from .picture_memory import PictureMemory
+from .prompt import PromptStyle
+from .read_ahead import NUM_READ_AHEAD, read_ahead
+from .windows import CacheWindows, concatenate_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,42 +57,25 @@ class LoaderConfig:
             raise ValueError(f"observation_offsets is {self.observation_offsets}; it must be numbers of 0 or less")
 
 
-class ChunkLoader:
-    """Batches of one rank. Every frame of the split is a sample: its observation and the chunk that begins there.
+class Loader(ABC):
+    """Batches of one rank. Every frame of the split is a sample: its observation and the chunk that begins there."""
 
-    Offsets before the episode's start read its first frame, and their pictures are masked; actions beyond its end repeat the last one and are not valid."""
+    num_samples: int
+    """Of all ranks' epoch."""
 
-    def __init__(self, cache: Cache, config: LoaderConfig, *, rank: int = 0, world_size: int = 1) -> None:
-        """Raises `ValueError` for what the cache cannot give."""
-        self.cache, self.config, self.rank, self.world_size = cache, config, rank, world_size
+    def __init__(self, config: LoaderConfig, image_px: int, *, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size}; it must be 0 to {world_size - 1}")
-        missing = [camera for camera in config.cameras if camera not in cache.images]
-        if missing:
-            raise ValueError(f"the cache {cache.path} has no camera {missing[0]!r}; it has {', '.join(cache.images)}")
-        if config.embeddings and cache.language.embedding_width is None:
-            raise ValueError(
-                f"the cache {cache.path} has no text embeddings; prepare it again with --encoder seeded-t5 or a T5"
-            )
-        of_split = cache.episodes[cache.episodes["split"] == config.split]
-        if of_split.empty:
-            there = ", ".join(sorted(cache.episodes["split"].unique()))
-            raise ValueError(f"the cache {cache.path} has no {config.split!r} episodes; it has {there}")
-        self._start_E = cache.episodes["start"].to_numpy()
-        self._last_E = self._start_E + cache.episodes["length"].to_numpy() - 1
-        self._instructions = list(cache.episodes["instruction"])
-        self._frames_M = np.concatenate(
-            [np.arange(s, s + n) for s, n in zip(of_split["start"], of_split["length"], strict=True)]
-        )
-        self.num_samples = len(self._frames_M)
+        self.config, self.rank, self.world_size = config, rank, world_size
         self._global_batch = config.batch_size * world_size
-        if self._global_batch > self.num_samples:
-            raise ValueError(
-                f"a batch of {config.batch_size} on {world_size} ranks is more than the {self.num_samples} {config.split} samples "
-                f"of {cache.path}; give at most {self.num_samples // world_size}"
-            )
-        self._state_normaliser = Normaliser(cache.statistics.state, config.state_normalisation, config.near_constant)
-        self._permutations: dict[int, np.ndarray] = {}
+        # The thread fills one more than it keeps ready, and the consumer may hold one while it asks for the next.
+        num_alive = NUM_READ_AHEAD + 3
+        shape = (config.batch_size, len(config.observation_offsets), image_px, image_px, 3)
+        self._memory = PictureMemory(shape, most=num_alive * len(config.cameras))
+
+    @abstractmethod
+    def _samples(self, first: int, count: int) -> Sequence[tuple[CacheWindows, np.ndarray]]:
+        """What stands at `first` … `first + count - 1` of the endless sequence, cache by cache."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,88 +84,98 @@ class ChunkLoader:
 
     def batch(self, step: int) -> Batch:
         """The batch of this rank at micro-step `step`: a function of (seed, step, rank, world size) and nothing else."""
-        first = step * self._global_batch + self.rank * self.config.batch_size
-        return self._gather(self._samples(first, self.config.batch_size))
+        return self._read(step * self._global_batch)
 
-    def iterate(self, first_step: int) -> Iterator[Batch]:
-        """`batch(first_step)`, `batch(first_step + 1)`, … without end, prepared ahead by a thread.
+    def iterate(self, first_sample: int, *, device: torch.device | None = None) -> Iterator[Batch]:
+        """Batches without end, prepared ahead by a thread; all ranks together have consumed `first_sample` samples before.
 
-        An error in the thread is raised here; closing or dropping the iterator ends the thread."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(NUM_READ_AHEAD)
-        stop = threading.Event()
+        A batch stays valid for as long as it is held. On a CUDA `device` it is there already, all but `sample_index_B`; otherwise it is on
+        the CPU. An error in the thread is raised here; closing or dropping the iterator ends the thread. Raises `ValueError` for a
+        negative `first_sample`."""
+        if first_sample < 0:
+            raise ValueError(f"first_sample is {first_sample}; it is the number of samples consumed before, 0 or more")
+        pinned = device is not None and device.type == "cuda"
+        return read_ahead(self._batches(first_sample, pinned=pinned), device)
 
-        def offer(item: Batch | BaseException) -> None:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return
-                except queue.Full:
-                    continue
+    def _batches(self, first_sample: int, *, pinned: bool) -> Iterator[Batch]:
+        self._announce(first_sample)
+        while True:
+            # While the disk fetches the next batch, this one is put together.
+            self._announce(first_sample + self._global_batch)
+            yield self._read(first_sample, pinned=pinned)
+            first_sample += self._global_batch
 
-        def read_ahead() -> None:
-            step = first_step
-            try:
-                while not stop.is_set():
-                    offer(self.batch(step))
-                    step += 1
-            except BaseException as error:  # noqa: BLE001  it is raised in the consumer's thread
-                offer(error)
+    def _announce(self, first_sample: int) -> None:
+        for windows, sample_B in self._of_this_rank(first_sample):
+            windows.announce(sample_B)
 
-        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+    def _read(self, first_sample: int, *, pinned: bool = False) -> Batch:
+        pictures = {camera: self._memory.lend(pinned=pinned) for camera in self.config.cameras}
+        parts: list[Batch] = []
+        row = 0
+        for windows, sample_B in self._of_this_rank(first_sample):
+            rows = slice(row, row + len(sample_B))
+            parts.append(windows.read(sample_B, {camera: all_rows[rows] for camera, all_rows in pictures.items()}))
+            row = rows.stop
+        batch = _joined(parts)
+        batch = replace(batch, observation=replace(batch.observation, images=pictures))
+        return _with_pinned_embeddings(batch) if pinned else batch
 
-    def _samples(self, first: int, count: int) -> np.ndarray:
-        """(count,) frame indices: places `first` … of the endless sequence; they may span epochs."""
-        parts: list[np.ndarray] = []
-        while count > 0:
-            epoch, place = divmod(first, self.num_samples)
-            part = self._permutation(epoch)[place : place + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return np.concatenate(parts)
+    def _of_this_rank(self, first_sample: int) -> Sequence[tuple[CacheWindows, np.ndarray]]:
+        return self._samples(first_sample + self.rank * self.config.batch_size, self.config.batch_size)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """(M,) the split's frames in the order of `epoch`."""
-        order_M = self._permutations.get(epoch)
-        if order_M is None:
-            order_M = np.random.default_rng((self.config.seed, epoch)).permutation(self._frames_M)
-            kept = {e: p for e, p in self._permutations.items() if e == epoch - 1}  # a batch spans at most two
-            self._permutations = {**kept, epoch: order_M}
-        return order_M
 
-    def _gather(self, frame_B: np.ndarray) -> Batch:
-        config, cache = self.config, self.cache
-        episode_B = np.searchsorted(self._start_E, frame_B, side="right") - 1
-        seen_BT = frame_B[:, None] + np.array(config.observation_offsets)
-        there_BT = seen_BT >= self._start_E[episode_B, None]
-        seen_BT = np.maximum(seen_BT, self._start_E[episode_B, None])
-        acted_BH = frame_B[:, None] + np.arange(config.horizon)
-        valid_BH = acted_BH <= self._last_E[episode_B, None]
-        acted_BH = np.minimum(acted_BH, self._last_E[episode_B, None])
-        state_BTS = torch.from_numpy(cache.state_NS[seen_BT])
-        normalised_BS = self._state_normaliser(state_BTS[:, -1]).numpy()
-        texts = [
-            prompt_text(config.prompt, self._instructions[episode], state_S)
-            for episode, state_S in zip(episode_B, normalised_BS, strict=True)
-        ]
-        observation = Observation(
-            images={camera: torch.from_numpy(cache.images[camera][seen_BT]) for camera in config.cameras},
-            image_mask=dict.fromkeys(config.cameras, torch.from_numpy(there_BT)),
-            state_BTS=state_BTS,
-            prompts=cache.language.prompts(texts, embeddings=config.embeddings),
-        )
-        return Batch(
-            observation=observation,
-            actions_BHA=torch.from_numpy(cache.actions_NA[acted_BH]),
-            valid_BH=torch.from_numpy(valid_BH),
-            sample_index_B=torch.from_numpy(frame_B),
-        )
+class ChunkLoader(Loader):
+    """Of one cache, in the order of `EndlessOrder`."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        config: LoaderConfig,
+        *,
+        statistics: Statistics | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`statistics`: the policy's, for prompts that spell out the state; None: the cache's. Raises `ValueError` for what the cache
+        cannot give."""
+        super().__init__(config, cache.image_rule.size_px, rank=rank, world_size=world_size)
+        self._windows = CacheWindows(cache, config, statistics)
+        self.num_samples = self._windows.num_samples
+        if self._global_batch > self.num_samples:
+            raise ValueError(
+                f"a batch of {config.batch_size} on {world_size} ranks is more than the {self.num_samples} {config.split} samples "
+                f"of {cache.path}; give at most {self.num_samples // world_size}"
+            )
+        self._order = EndlessOrder(self.num_samples, (config.seed,))
+
+    def _samples(self, first: int, count: int) -> Sequence[tuple[CacheWindows, np.ndarray]]:
+        return [(self._windows, self._order.samples(first, count))]
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    """All rows of `parts`, but for the pictures, whose place is known."""
+    if len(parts) == 1:
+        return parts[0]
+    observations = [part.observation for part in parts]
+    there_BT = torch.cat([next(iter(observation.image_mask.values())) for observation in observations])
+    return Batch(
+        observation=Observation(
+            images={},
+            image_mask=dict.fromkeys(observations[0].image_mask, there_BT),
+            state_BTS=torch.cat([observation.state_BTS for observation in observations]),
+            prompts=concatenate_prompts([observation.prompts for observation in observations]),
+        ),
+        actions_BHA=torch.cat([part.actions_BHA for part in parts]),
+        valid_BH=torch.cat([part.valid_BH for part in parts]),
+        sample_index_B=torch.cat([part.sample_index_B for part in parts]),
+    )
+
+
+def _with_pinned_embeddings(batch: Batch) -> Batch:
+    """Next to the pictures the only large tensor; the rest is copied as well from memory that can be paged."""
+    prompts = batch.observation.prompts
+    if prompts.embedding_BLE is None:
+        return batch
+    prompts = replace(prompts, embedding_BLE=prompts.embedding_BLE.pin_memory())
+    return replace(batch, observation=replace(batch.observation, prompts=prompts))

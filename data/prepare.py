@@ -6,10 +6,10 @@ Torch, pandas and pyarrow are imported where the work begins: `--help` answers a
 import errno
 import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .episodes import DataError, EpisodeSource
 from .images import ImageRule, Orientation, Padding, Resize
 from .noops import without_noops
+from .robots import robot_named
 from .sources.libero_hdf5 import LiberoHdf5Source, ObservationTiming
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class PrepareConfig:
     validation_share: float = 0.1
     """Share of each task's episodes kept out of training (at least one where a task has two)."""
     tokenizer: str = "trained"
-    """`trained` (sentencepiece, on these instructions), the name or folder of a public one, or the language folder of another cache
+    """`trained` (sentencepiece, on these instructions), the name or folder of a public one, a sentencepiece file, or the language folder of another cache
     or a checkpoint: a policy that is trained further must read its own tokens."""
     encoder: str = "seeded-t5"
     """Text encoder whose output is stored per instruction: `seeded-t5` (small, random, recorded), `none`, or the name or
@@ -54,6 +55,11 @@ class PrepareConfig:
     """What the state is made of: libero_panda (end effector and fingers, as openpi and OpenVLA read LIBERO), or another card of data/robots/."""
     drop_noops: bool = False
     """Leave out the moments in which nothing moves, by OpenVLA's rule (data/noops.py)."""
+    camera: Mapping[str, str] = field(default_factory=dict)
+    """LeRobot: the robot's cameras and their keys in the dataset, `agentview observation.images.front`, where their names do not tell."""
+    stored_orientation: Orientation | Literal["auto"] = "auto"
+    """LeRobot: how its pictures had been turned when they were stored, which is undone; `auto` is rot180 for LIBERO's robots, as all
+    published conversions of LIBERO have it, and raw for others."""
     observation_timing: ObservationTiming = "auto"
     """HDF5: whether the files recorded observations before or after their actions; `auto` asks the files."""
 
@@ -85,13 +91,27 @@ class PrepareConfig:
             "encoder": self.encoder,
             "robot": self.robot,
             "drop_noops": self.drop_noops,
+            "camera": dict(self.camera),
+            "stored_orientation": self.stored_orientation,
             "observation_timing": self.observation_timing,
         }
 
 
 def open_source(config: PrepareConfig) -> EpisodeSource:
-    """The demonstrations, whichever format they are in. Raises `DataError` when they cannot be opened."""
-    return LiberoHdf5Source(config.demos, observation_timing=config.observation_timing)
+    """The demonstrations, whichever format they are in. Raises `DataError` when they cannot be opened, `ValueError` for a robot
+    that there is not."""
+    from .sources.lerobot_dataset import LeRobotDatasetSource
+    from .sources.lerobot_hub import is_lerobot
+
+    robot = robot_named(config.robot)
+    if not is_lerobot(config.demos):
+        return LiberoHdf5Source(config.demos, robot=robot, observation_timing=config.observation_timing)
+    stored: Orientation = "rot180" if config.robot.startswith("libero") else "raw"
+    if config.stored_orientation != "auto":
+        stored = config.stored_orientation
+    return LeRobotDatasetSource(
+        config.demos, robot=robot, cameras=dict(config.camera) or None, stored_orientation=stored
+    )
 
 
 def prepare(config: PrepareConfig, source: EpisodeSource | None = None) -> Path:
@@ -104,15 +124,16 @@ def prepare(config: PrepareConfig, source: EpisodeSource | None = None) -> Path:
     image_rule = config.image_rule
     source = open_source(config) if source is None else source
     fingerprint = source.fingerprint()
+    settings = {**config.settings, "robot": source.robot.name}
     if config.out.exists():
-        _check_equal(config, source)
+        _check_equal(config, source, settings)
         return config.out
     check_available(config.tokenizer, config.encoder)
     try:
         with CacheWriter(
             config.out,
             source=fingerprint,
-            settings=config.settings,
+            settings=settings,
             robot=source.robot,
             image_rule=image_rule,
         ) as writer:
@@ -158,7 +179,7 @@ def _append_episodes(source: EpisodeSource, writer: "CacheWriter", *, drop_noops
             progress.update()
 
 
-def _check_equal(config: PrepareConfig, source: EpisodeSource) -> None:
+def _check_equal(config: PrepareConfig, source: EpisodeSource, settings: Mapping[str, Any]) -> None:
     """Refuse what is at `config.out` unless it is the cache that would be made."""
     from .cache import Cache, read_manifest, unfinished_path
     from .cache_writer import differences
@@ -166,7 +187,7 @@ def _check_equal(config: PrepareConfig, source: EpisodeSource) -> None:
     if not (config.out / "manifest.json").is_file():
         raise DataError(f"{config.out} is there already and is not a cache; give another --out")
     manifest = read_manifest(config.out)
-    changes = differences(manifest.source, manifest.settings, source.fingerprint(), config.settings)
+    changes = differences(manifest.source, manifest.settings, source.fingerprint(), settings)
     if changes:
         raise DataError(
             f"the cache {config.out} was made from something else ({changes}); delete it (rm -r {config.out}) or give another "

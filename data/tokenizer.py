@@ -1,81 +1,39 @@
-"""Text to token ids: a sentencepiece model trained on the instructions at hand, or any public tokenizer.
+"""Text to token ids: what a tokenizer is, those of transformers, and which one a name means.
 
-Both end a text with their end-of-sequence token where they have one, and use no padding: `language.py` pads.
+All end or begin a text as their model was trained, and use no padding: `language.py` pads.
 """
 
-import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from .compact_tokenizer import CompactTokenizer
 from .episodes import DataError
-from .files import quick_digest, write_whole
-
-MAX_TRAINED_VOCABULARY = 2048
-"""Upper bound; a few dozen instructions give about 350 pieces, 256 of them the bytes that any other text falls back to."""
+from .files import quick_digest
+from .sentencepiece_tokenizer import SentencePieceTokenizer, lone_model
 
 
 class Tokenizer(Protocol):
     """Text to token ids. Id 0 may be padding or not: a mask tells real tokens."""
 
     vocab_size: int
+    """All ids are below it."""
     identity: Mapping[str, Any]
     """JSON: what makes two tokenizers give the same ids."""
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Padding, beginning and end, where it has them; ascending."""
+
     def encode(self, text: str) -> list[int]: ...
+
+    def piece(self, token_id: int) -> str:
+        """What a person reads for an id."""
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs beside `identity`."""
-
-
-class TrainedTokenizer:
-    """A sentencepiece BPE model (pad 0, end 1, unknown 2, then 256 bytes) trained on the instructions: deterministic."""
-
-    def __init__(self, model: bytes) -> None:
-        import sentencepiece
-
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.identity: Mapping[str, Any] = {
-            "kind": "trained",
-            "vocab_size": self.vocab_size,
-            "sentencepiece_sha256": hashlib.sha256(model).hexdigest(),
-        }
-
-    @classmethod
-    def train(cls, texts: Iterable[str]) -> Self:
-        """The same texts, in any order, give the same bytes."""
-        import sentencepiece
-
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sorted(set(texts))),
-            model_writer=model,
-            model_type="bpe",  # whole words from a handful of sentences, where unigram keeps single letters
-            vocab_size=MAX_TRAINED_VOCABULARY,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",  # the NFKC table alone would be 240 KB in every checkpoint
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-        return cls(model.getvalue())
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text, add_eos=True)
-        return ids
-
-    def save(self, folder: Path) -> None:
-        write_whole(folder / "tokenizer.model", self._model)
 
 
 class PretrainedTokenizer:
@@ -98,13 +56,24 @@ class PretrainedTokenizer:
             "name": name,
             "revision": None if files else hub_revision(name, "tokenizer_config.json"),
             "files": {file.name: quick_digest(file) for file in files},
-            "vocab_size": len(tokenizer),
+            "vocab_size": _num_ids(tokenizer),
         }
         return cls(identity, tokenizer)
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        return tuple(sorted(_beginning_and_end(self._tokenizer)))
+
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        """Raises `DataError` for a text that spells out a token of another kind than text, such as PaliGemma's <image>."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        if ids and max(ids) >= self.vocab_size:
+            raise DataError(f"{text!r} has {self.piece(max(ids))!r}, which stands for no text; write it in other words")
         return ids
+
+    def piece(self, token_id: int) -> str:
+        piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        return piece
 
     def save(self, folder: Path) -> None:
         """A local tokenizer travels along; one from the hub is pinned by its revision and fetched when a new text comes."""
@@ -117,27 +86,25 @@ class PretrainedTokenizer:
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """`trained`, a public tokenizer's name or folder, or the `language` folder of a cache or a checkpoint: its tokenizer again."""
+    """`trained` (on `texts`), a sentencepiece file or a folder with nothing else, a public tokenizer's name or folder, or the folder
+    of a language (a cache's or a checkpoint's `language`): its tokenizer again."""
     if name == "trained":
-        return TrainedTokenizer.train(texts)
+        return SentencePieceTokenizer.train(texts)
     language = Path(name) / "language.json"
     if language.is_file():
         return load_tokenizer(json.loads(language.read_text())["identity"]["tokenizer"], language.parent)
-    return PretrainedTokenizer.from_name(name)
+    model = lone_model(Path(name))
+    return PretrainedTokenizer.from_name(name) if model is None else SentencePieceTokenizer.from_file(model)
 
 
 def load_tokenizer(identity: Mapping[str, Any], folder: Path) -> Tokenizer:
     """What `save` wrote. Needs no network; a tokenizer from the hub is fetched when it is first asked for a new text."""
+    if identity["kind"] == "compact":
+        return CompactTokenizer(load_tokenizer(identity["base"], folder), identity["kept_ids"], identity["style"])
     if identity["kind"] == "pretrained":
         saved = folder / "tokenizer"
         return PretrainedTokenizer(identity, folder=saved if saved.is_dir() else None)
-    file = folder / "tokenizer.model"
-    if not file.is_file():
-        raise DataError(f"the language in {folder} lacks tokenizer.model; copy the whole folder")
-    model = file.read_bytes()
-    if hashlib.sha256(model).hexdigest() != identity["sentencepiece_sha256"]:
-        raise DataError(f"{file} was altered: its sha256 is not the recorded one; copy it again")
-    return TrainedTokenizer(model)
+    return SentencePieceTokenizer.load(identity, folder)
 
 
 def hub_revision(name: str, file: str) -> str | None:
@@ -160,3 +127,15 @@ def _auto_tokenizer(name: str, revision: str | None) -> Any:
             f"no tokenizer {name!r} can be loaded ({str(error).splitlines()[0]}); give a local folder, a name that the "
             "Hugging Face hub has and this machine can reach, or --tokenizer trained"
         ) from error
+
+
+def _beginning_and_end(tokenizer: Any) -> set[int]:
+    named = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    return named | set(tokenizer("")["input_ids"])
+
+
+def _num_ids(tokenizer: Any) -> int:
+    """One more than the largest id that a text can become. PaliGemma's tokenizer also has an <image>, one row beyond π0's table."""
+    of_text = _beginning_and_end(tokenizer) | {tokenizer.unk_token_id}
+    other = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - of_text
+    return 1 + max(token for token in tokenizer.get_vocab().values() if token not in other)

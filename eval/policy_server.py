@@ -22,8 +22,12 @@ class PolicyUnderTest(Protocol):
     @property
     def action_dim(self) -> int: ...
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(H, A) of the noise that `act` takes."""
+    def num_candidates(self) -> int:
+        """Chunks drawn for a decision; with more than one, `act` chooses by what was planned before."""
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise that `act` takes for an observation: (H, A), or (K, H, A) with K > 1 candidates."""
 
     @property
     def num_sampling_steps(self) -> int: ...
@@ -36,7 +40,14 @@ class PolicyUnderTest(Protocol):
     @property
     def device(self) -> Any: ...
 
-    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray) -> np.ndarray: ...
+    def act(
+        self,
+        observations: Sequence[RawObservation],
+        noise: np.ndarray,
+        *,
+        previous: np.ndarray | None = None,
+        num_executed_steps: int | None = None,
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +57,12 @@ class Question:
     key: EpisodeKey
     decision: int
     raw: RawObservation
+    previous_HA: np.ndarray | None = None
+    """The answer to the episode's decision before; None at its first."""
 
 
-def noise_for(key: EpisodeKey, decision: int, shape: tuple[int, int]) -> np.ndarray:
-    """`shape` (H, A) standard normal float32: a function of the episode's key and the decision's index alone."""
+def noise_for(key: EpisodeKey, decision: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 of this shape: a function of the episode's key and the decision's index alone."""
     seed = [*np.frombuffer(key.digest(), np.uint32).tolist(), decision]
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
@@ -65,12 +78,21 @@ class PolicyServer:
     def answer(self, questions: Sequence[Question]) -> np.ndarray:
         """(n, H, A) float32 for n <= `batch_size` questions, in one forward."""
         policy, spare = self.policy, self.batch_size - len(questions)
-        noise_BHA = np.zeros((self.batch_size, *policy.noise_shape), np.float32)
-        for row_HA, question in zip(noise_BHA, questions, strict=False):
-            row_HA[:] = noise_for(question.key, question.decision, policy.noise_shape)
+        noise = np.zeros((self.batch_size, *policy.noise_shape), np.float32)
+        for row, question in zip(noise, questions, strict=False):
+            row[:] = noise_for(question.key, question.decision, policy.noise_shape)
         observations = [question.raw for question in questions]
-        chunk_BHA = policy.act(observations + spare * observations[-1:], noise_BHA)
+        observations += spare * observations[-1:]
         expected = (self.batch_size, policy.horizon, policy.action_dim)
+        if policy.num_candidates == 1:
+            chunk_BHA = policy.act(observations, noise)
+        else:
+            previous_BHA = np.full(expected, np.nan, np.float32)
+            for row_HA, question in zip(previous_BHA, questions, strict=False):
+                if question.previous_HA is not None:
+                    row_HA[:] = question.previous_HA
+            executed = questions[0].key.num_executed_steps  # one for all questions of a sweep
+            chunk_BHA = policy.act(observations, noise, previous=previous_BHA, num_executed_steps=executed)
         if chunk_BHA.shape != expected:
             raise ValueError(f"the policy returned actions of shape {chunk_BHA.shape} instead of {expected}")
         return chunk_BHA[: len(questions)]

@@ -109,7 +109,8 @@ class EpisodeRow:
     image_px: int
     """Side of the rendered images."""
     sampling: str
-    """The policy's sampling settings, as JSON with sorted keys."""
+    """The policy's sampling settings, as JSON with sorted keys; `num_candidates` among them where several chunks were drawn for a
+    decision."""
     num_sampling_steps: int | None
     """Integration (or denoising) steps per chunk: the paper's N."""
     num_executed_steps: int

@@ -24,8 +24,8 @@ from .workers import MakeBenchmark, SimulatorError, WorkerPool
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-LoadPolicy = Callable[[Path, str], PolicyUnderTest]
-"""(checkpoint folder, device) -> the policy, ready to act."""
+LoadPolicy = Callable[[Path, str, int], PolicyUnderTest]
+"""(checkpoint folder, device, candidates per decision) -> the policy, ready to act."""
 
 CONTROLS = ("untrained", "blind", "wrong_instruction")
 
@@ -57,6 +57,9 @@ class SweepConfig:
     """Actors without a policy to judge beside it: `scripted` (an expert that knows true poses), `zero` (no motion)."""
     num_executed_steps: int | None = None
     """Actions executed of each chunk; 8, or the whole chunk where it is shorter, if not given."""
+    num_candidates: int = 1
+    """Chunks drawn for every decision from one encoded observation; the one that best goes on with what the last chunk still had
+    planned is executed, all through an episode. Stands in each row's `sampling`."""
     seed: int = 0
     """Seeds every reset; part of each episode's key."""
     videos: int = 1
@@ -96,6 +99,8 @@ def sweep(
     registry and the checkpoint reader."""
     if not config.runs:
         raise ValueError("no run folder was given; type for instance: vlatune sweep runs/pocket")
+    if config.num_candidates < 1:
+        raise ValueError(f"--num-candidates {config.num_candidates}: a decision needs at least 1")
     make_benchmark = make_benchmark or partial(load_benchmark, config.benchmark)
     plan = make_plan(
         make_benchmark(),
@@ -127,12 +132,12 @@ def sweep(
     return folders
 
 
-def _load_policy(path: Path, device: str) -> PolicyUnderTest:
+def _load_policy(path: Path, device: str, num_candidates: int) -> PolicyUnderTest:
     import torch
 
     from ..policy.acting import load_policy
 
-    policy: PolicyUnderTest = load_policy(path, device=device)
+    policy: PolicyUnderTest = load_policy(path, device=device, num_candidates=num_candidates)
     if str(policy.device) == "cpu":
         torch.set_num_threads(1)  # the simulators are the load, one a core; more threads only contend with them
     return policy
@@ -188,7 +193,7 @@ class RunSweep:
             actor,
             policy=server.policy if server else None,
             checkpoint=checkpoint,
-            num_executed_steps=executed_steps(server.policy, self.config.num_executed_steps) if server else 1,
+            num_executed_steps=self.executed_steps(server.policy) if server else 1,
             videos=self.folder / "videos",
         )
         missing = [spec for spec in specs if spec.key not in self.log.rows]
@@ -216,11 +221,21 @@ class RunSweep:
         """The checkpoint's policy; the one loaded last is kept."""
         if self.loaded is None or self.loaded[0] != checkpoint.path:
             self.loaded = None  # free the memory first
-            policy = self.load_policy(checkpoint.path, self.config.device)
+            policy = self.load_policy(checkpoint.path, self.config.device, self.config.num_candidates)
             on_cpu = str(policy.device) == "cpu"
             batch_size = self.config.batch_size or (1 if on_cpu else min(self.num_workers, 32))
             self.loaded = checkpoint.path, PolicyServer(policy, batch_size)
         return self.loaded[1]
+
+    def executed_steps(self, policy: PolicyUnderTest) -> int:
+        """How many of a chunk's actions are executed; raises `ValueError` where candidates could then not be compared."""
+        steps = executed_steps(policy, self.config.num_executed_steps)
+        if policy.num_candidates > 1 and steps == policy.horizon:
+            raise ValueError(
+                f"--num-candidates {policy.num_candidates}: candidates are compared on the steps of the last chunk that are left, and all "
+                f"{steps} are executed; type --num-executed-steps with a number below {steps}"
+            )
+        return steps
 
     def write_choice(self, chosen: Checkpoint, selection: dict[int, list[EpisodeRow]]) -> None:
         """`chosen.json`: which checkpoint, out of how many, on which init states."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..data.robots import LIBERO_PANDA, robot_named
 from .actors import wrong_instruction
 from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
 from .policy_server import PolicyUnderTest
@@ -82,6 +83,7 @@ class SweepPlan:
                         key=key,
                         task=task,
                         protocol=protocol,
+                        robot=robot_named(policy.robot) if policy else LIBERO_PANDA,
                         cameras=policy.cameras if policy else (),
                         video=videos / name if k < self.num_videos else None,
                     )

@@ -22,6 +22,8 @@ import numpy as np
 
 from ..data.episodes import DataError
 from ..data.raw_observation import RawObservation
+from ..data.robots.card import RobotCard
+from ..data.robots.libero_panda import LIBERO_PANDA
 from .actors import make_decide
 from .benchmarks.benchmark import Benchmark, Environment, EpisodeProtocol, Task
 from .benchmarks.libero_paths import AssetsError
@@ -47,6 +49,8 @@ class EpisodeSpec:
     key: EpisodeKey
     task: Task
     protocol: EpisodeProtocol
+    robot: RobotCard = LIBERO_PANDA
+    """The card whose state the policy reads."""
     cameras: tuple[str, ...] = ()
     """Those that the policy reads."""
     video: Path | None = None
@@ -100,7 +104,7 @@ class _Failed:
 def _work(connection: Connection, make_benchmark: MakeBenchmark, max_environments: int) -> None:
     """A worker's life: episodes until told to stop, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    environments: OrderedDict[tuple[Task, EpisodeProtocol], Environment] = OrderedDict()
+    environments: OrderedDict[tuple[Task, EpisodeProtocol, RobotCard], Environment] = OrderedDict()
     try:
         benchmark = None
         connection.send(_Ready())
@@ -130,16 +134,16 @@ def _in_words(problem: Exception) -> str:
 
 
 def _environment(
-    held: OrderedDict[tuple[Task, EpisodeProtocol], Environment],
+    held: OrderedDict[tuple[Task, EpisodeProtocol, RobotCard], Environment],
     benchmark: Benchmark,
     spec: EpisodeSpec,
     max_environments: int,
 ) -> Environment:
-    name = (spec.task, spec.protocol)
+    name = (spec.task, spec.protocol, spec.robot)
     if name not in held:
         if len(held) == max_environments:
             held.popitem(last=False)[1].close()
-        held[name] = benchmark.make_environment(spec.task, spec.protocol)
+        held[name] = benchmark.make_environment(*name)
     held.move_to_end(name)
     return held[name]
 
@@ -181,6 +185,8 @@ def _run_episode(connection: Connection, benchmark: Benchmark, environment: Envi
 class _Job:
     spec: EpisodeSpec
     attempt: int
+    previous_HA: np.ndarray | None = None
+    """The last answer to its questions."""
     queue_ms: list[float] = field(default_factory=list)
     policy_ms: list[float] = field(default_factory=list)
 
@@ -292,7 +298,12 @@ class WorkerPool:
         if isinstance(message, _Ready):
             worker.is_ready = True
         elif isinstance(message, _Ask):
-            worker.question = Question(key=worker.job.spec.key, decision=message.decision, raw=message.raw)
+            worker.question = Question(
+                key=worker.job.spec.key,
+                decision=message.decision,
+                raw=message.raw,
+                previous_HA=worker.job.previous_HA,
+            )
             worker.asked_at = time.perf_counter()
         elif isinstance(message, _Failed):
             if message.while_starting:
@@ -328,6 +339,7 @@ class WorkerPool:
             assert worker.job is not None
             worker.job.queue_ms.append(1000 * (begun - worker.asked_at))
             worker.job.policy_ms.append(1000 * (ended - begun))
+            worker.job.previous_HA = chunk_HA
             worker.question, worker.heard_at = None, time.monotonic()
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died: reading from it says so next
                 worker.connection.send(chunk_HA)

@@ -10,6 +10,11 @@ STUDIES = {
     "steps": (".studies.steps", "quality and time against the number of sampling steps, after bimodal; a minute"),
     "objective": (".studies.objective", "objectives on one pocket recipe, three seeds, paired tests; about an hour"),
     "chunk": (".studies.chunk", "chunk lengths 4, 16 and 50 on pocket, three seeds, paired tests; about an hour"),
+    "freeze": (
+        ".studies.freeze",
+        "expert alone, LoRA or everything, from a pretrained policy on held-out tasks; 25 minutes",
+    ),
+    "align": (".studies.align", "L1 and RS-IMLE from a pretrained flow policy, aligned with it or not; 30 minutes"),
 }
 """name -> (module with a `main(argv)`, one line of help)."""
 

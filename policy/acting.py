@@ -6,19 +6,36 @@ from typing import overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.batch import Observation, RawObservation
 from ..data.language import Language
 from ..data.prompt import prompt_text
 from .checkpoints.folder import read_policy, weights_digest
 from .checkpoints.public import PublicOptions, build_policy, embodiment_of_public, is_public, read_public
+from .objectives.consistency import most_consistent, sample_candidates
 from .policy import Policy
 
 
 class ActingPolicy:
-    """Prepares observations exactly as `vlatune prepare` prepared the training images, and acts on them."""
+    """Prepares observations exactly as `vlatune prepare` prepared the training images, and acts on them.
 
-    def __init__(self, policy: Policy, language: Language, *, weights_hash: str, device: torch.device) -> None:
+    With several candidates a decision draws as many chunks and takes the one that best goes on with the last
+    (`objectives/consistency.py`). What was decided before is the caller's to keep: acting changes nothing here."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        language: Language,
+        *,
+        weights_hash: str,
+        device: torch.device,
+        num_candidates: int = 1,
+    ) -> None:
+        """Raises ValueError for less than one candidate."""
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates is {num_candidates}; it must be at least 1")
+        self.num_candidates = num_candidates
         self.policy = policy.eval().requires_grad_(False).to(device)
         self.language = language
         self.weights_hash = weights_hash
@@ -36,30 +53,57 @@ class ActingPolicy:
 
     @property
     def sampling(self) -> Mapping[str, int | str]:
-        """What decides the sampling besides weights and noise."""
-        return {"objective": self.policy.config.objective.type, "num_sampling_steps": self.num_sampling_steps}
+        """What decides the sampling besides weights and noise; of candidates only where there are several."""
+        settings = {"objective": self.policy.config.objective.type, "num_sampling_steps": self.num_sampling_steps}
+        return settings if self.num_candidates == 1 else {**settings, "num_candidates": self.num_candidates}
 
     @property
-    def noise_shape(self) -> tuple[int, int]:
-        """(H, A) of the noise that `act` takes; wider than a chunk where a pretrained policy's vectors are."""
-        return self.policy.noise_shape
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise that `act` takes for an observation: (H, A), wider than a chunk where a pretrained policy's vectors are;
+        (K, H, A) with K > 1 candidates."""
+        one = self.policy.noise_shape
+        return one if self.num_candidates == 1 else (self.num_candidates, *one)
 
     @overload
-    def act(self, observations: RawObservation, noise_BHA: np.ndarray | None = None) -> np.ndarray: ...
-    @overload
-    def act(self, observations: Sequence[RawObservation], noise_BHA: np.ndarray | None = None) -> np.ndarray: ...
     def act(
-        self, observations: RawObservation | Sequence[RawObservation], noise_BHA: np.ndarray | None = None
+        self,
+        observations: RawObservation,
+        noise: np.ndarray | None = None,
+        *,
+        previous: np.ndarray | None = None,
+        num_executed_steps: int | None = None,
+    ) -> np.ndarray: ...
+    @overload
+    def act(
+        self,
+        observations: Sequence[RawObservation],
+        noise: np.ndarray | None = None,
+        *,
+        previous: np.ndarray | None = None,
+        num_executed_steps: int | None = None,
+    ) -> np.ndarray: ...
+    def act(
+        self,
+        observations: RawObservation | Sequence[RawObservation],
+        noise: np.ndarray | None = None,
+        *,
+        previous: np.ndarray | None = None,
+        num_executed_steps: int | None = None,
     ) -> np.ndarray:
         """(B, H, robot's action dims) float32 actions in raw units; (H, dims) for one observation that is no sequence.
 
-        `noise_BHA` is standard normal, (B, *noise_shape); None draws it. Raises ValueError if an observation lacks a camera or has
-        another number of observation offsets or state dims."""
+        `noise` is standard normal, (B, *noise_shape); None draws it. Only with several candidates are the last two read: `previous` is
+        what this returned for these episodes at their decision before, NaN in the rows of those that begin (None where all do:
+        then it is the first candidate), and `num_executed_steps` how many of its steps have been carried out since.
+
+        Raises ValueError if an observation lacks a camera or has another number of observation offsets or state dims, or if
+        chunks cannot be compared with the previous ones."""
         if isinstance(observations, RawObservation):
-            chunk: np.ndarray = self.act([observations], noise_BHA)[0]
+            last = None if previous is None else previous[None]
+            chunk: np.ndarray = self.act([observations], noise, previous=last, num_executed_steps=num_executed_steps)[0]
             return chunk
-        if noise_BHA is None:
-            noise_BHA = self._random.standard_normal((len(observations), *self.noise_shape), dtype=np.float32)
+        if noise is None:
+            noise = self._random.standard_normal((len(observations), *self.noise_shape), dtype=np.float32)
         num_offsets, state_dim = len(self.observation_offsets), self.policy.embodiment.state_dim
         for raw in observations:
             missing = set(self.cameras) - raw.images.keys()
@@ -72,11 +116,40 @@ class ActingPolicy:
                     f"the observation's state is {raw.state_TS.shape}, the policy needs {(num_offsets, state_dim)}"
                 )
         with torch.inference_mode():
-            actions_BHA = self.policy.sample(
-                self._prepared(observations).to(self.device), torch.from_numpy(noise_BHA).float().to(self.device)
-            )
+            prepared = self._prepared(observations).to(self.device)
+            drawn = torch.from_numpy(noise).float().to(self.device)
+            if self.num_candidates == 1:
+                actions_BHA = self.policy.sample(prepared, drawn)
+            else:
+                actions_BHA = self._most_consistent(prepared, drawn, previous, num_executed_steps)
         actions: np.ndarray = actions_BHA.float().cpu().numpy()
         return actions
+
+    def _most_consistent(
+        self, observation: Observation, noise_BKHA: Tensor, previous: np.ndarray | None, num_executed_steps: int | None
+    ) -> Tensor:
+        """(B, H, robot's action dims), raw units. Chunks are compared as they were normalised, in the robot's dimensions."""
+        policy = self.policy
+        if num_executed_steps is None:
+            raise ValueError(
+                f"with {self.num_candidates} candidates num_executed_steps must say how many steps of a chunk are carried out before the "
+                f"next decision: 1 to {self.horizon - 1}"
+            )
+        shape = (noise_BKHA.shape[0], self.horizon, self.action_dim)
+        if previous is not None and previous.shape != shape:
+            raise ValueError(
+                f"the previous chunks are {previous.shape}, these will be {shape}: give those that act returned"
+            )
+        chunks_BKHA = sample_candidates(policy.config.objective, policy.bind(observation), noise_BKHA)
+        planned = None if previous is None else torch.from_numpy(previous).to(self.device)
+        chosen: Tensor = policy.action_normaliser.inverse(
+            most_consistent(
+                policy.action_layout.inverse(chunks_BKHA).float(),
+                None if planned is None else policy.action_normaliser(planned),
+                num_executed_steps,
+            )
+        )
+        return chosen
 
     def _prepared(self, observations: Sequence[RawObservation]) -> Observation:
         images = {}
@@ -100,20 +173,30 @@ class ActingPolicy:
         )
 
 
-def load_policy(path: Path | str, *, device: str = "auto", public: PublicOptions | None = None) -> ActingPolicy:
+def load_policy(
+    path: Path | str,
+    *,
+    device: str = "auto",
+    public: PublicOptions | None = None,
+    averaged: bool = False,
+    num_candidates: int = 1,
+) -> ActingPolicy:
     """The policy of a checkpoint folder, ours or a public one, ready to act.
 
     `device` is a torch device, or `auto`: CUDA where there is one. `public` tells what a public checkpoint does not say itself: the
-    robot's camera names, how its pictures are turned, statistics. Raises DataError with what is missing."""
+    robot's camera names, how its pictures are turned, statistics. `num_candidates` chunks are drawn for a decision, and the one
+    that best goes on with the last is taken. `averaged` takes a run's average weights (EMA). Raises DataError with what is missing."""
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    policy, language, weights_hash = read_any_policy(Path(path), public)
-    return ActingPolicy(policy, language, weights_hash=weights_hash, device=chosen)
+    policy, language, weights_hash = read_any_policy(Path(path), public, averaged=averaged)
+    return ActingPolicy(policy, language, weights_hash=weights_hash, device=chosen, num_candidates=num_candidates)
 
 
-def read_any_policy(folder: Path, public: PublicOptions | None = None) -> tuple[Policy, Language, str]:
+def read_any_policy(
+    folder: Path, public: PublicOptions | None = None, *, averaged: bool = False
+) -> tuple[Policy, Language, str]:
     """The policy, float32 on the CPU, its language and its weights' hash, from a checkpoint of ours or a public one."""
     if not is_public(folder):
-        return read_policy(folder)
+        return read_policy(folder, averaged=averaged)
     options = public or PublicOptions()
     checkpoint = read_public(folder, options)
     policy = build_policy(checkpoint, embodiment_of_public(checkpoint, options))

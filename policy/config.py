@@ -52,6 +52,15 @@ class PolicyConfig:
                 f"policy.observation_offsets is {self.observation_offsets}, and the backbone {self.backbone.type!r} reads "
                 f"{self.backbone.num_observations} observation a decision; give as many offsets"
             )
+        for name, layout, mode in (
+            ("state", self.state_layout, self.state_normalisation),
+            ("action", self.action_layout, self.action_normalisation),
+        ):
+            if layout is not None and layout.encoding != "as_is" and mode != "identity":
+                raise ValueError(
+                    f"policy.{name}_layout {layout.name!r} encodes raw units ({layout.encoding}), and policy.{name}_normalisation is "
+                    f"{mode!r}; set it to 'identity'"
+                )
         if self.prompt == "pi05" and self.backbone.reads_embeddings:
             raise ValueError(
                 "policy.prompt is 'pi05', which writes the state into the text, and the backbone reads cached text embeddings; "

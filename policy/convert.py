@@ -46,6 +46,11 @@ def convert(config: ConvertConfig) -> None:
     if config.out.exists():
         raise DataError(f"{config.out} exists; give a new folder")
     policy, language, _ = read_any_policy(config.source, config.public)
+    if config.to == "lerobot" and language.kept_ids is not None:
+        raise DataError(
+            f"{config.source} was trained with a compact table of {len(language.kept_ids)} tokens, and LeRobot's layout holds all; give a "
+            "checkpoint that was trained without --compact"
+        )
     if config.adapter is not None:
         policy = merge_adapter(policy, config.adapter)
     unfinished = config.out.with_name(f"{config.out.name}.unfinished")

@@ -142,6 +142,17 @@ def plain_weights(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Te
     return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
+def merged_weights(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `plain_weights`, with the adapters' updates added."""
+    merged = plain_weights(policy, weights)
+    for name, module in policy.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            weight = merged[f"{name}.weight"]
+            delta = module.get_delta_weight("default").detach()
+            merged[f"{name}.weight"] = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
+    return merged
+
+
 def save_adapter(policy: Policy, weights: Mapping[str, Tensor], folder: Path) -> None:
     """In PEFT's own format: `PeftModel.from_pretrained` loads it onto a policy of the same plain weights."""
     settings = adapter_of(policy)

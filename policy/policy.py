@@ -9,8 +9,10 @@ from ..data.batch import Batch, Observation
 from ..data.normalise import Normaliser, Statistics
 from ..data.vector_layout import LaidOut
 from .backbones import BACKBONES
+from .backbones.siglip_t5 import SiglipT5Config
 from .config import Embodiment, PolicyConfig
 from .experts import EXPERTS
+from .experts.dit import DiTExpertConfig
 from .experts.expert import BoundExpert
 from .objectives.draws import DrawKeys
 from .objectives.objective import Draw, Loss
@@ -20,7 +22,8 @@ from .prefix import Prefix
 class Policy(nn.Module):
     """Observation in, action chunk out; single-device mathematics.
 
-    A robot's numbers are normalised, then laid out in the model's vectors, whose widths S and A can be larger."""
+    A robot's numbers are normalised, then laid out in the model's vectors, whose widths S and A can be larger. A layout that
+    encodes them reads raw units: there nothing is normalised."""
 
     weight_A: Tensor
 
@@ -29,6 +32,7 @@ class Policy(nn.Module):
         self.config = config
         self.embodiment = embodiment
         self.statistics = statistics
+        _check_image_tokens(config)
         image_px = config.backbone.image_px
         if image_px != embodiment.image_rule.size_px:
             raise ValueError(
@@ -37,6 +41,9 @@ class Policy(nn.Module):
             )
         self.state_normaliser = Normaliser(statistics.state, config.state_normalisation, config.near_constant)
         self.action_normaliser = Normaliser(statistics.actions, config.action_normalisation, config.near_constant)
+        for layout in (config.state_layout, config.action_layout):
+            if layout is not None:
+                layout.check_robot(embodiment.robot)
         self.state_layout = LaidOut(config.state_layout, embodiment.state_dim)
         self.action_layout = LaidOut(config.action_layout, embodiment.action_dim)
         self.backbone = BACKBONES[type(config.backbone)](
@@ -67,8 +74,14 @@ class Policy(nn.Module):
             raise ValueError(
                 f"policy.gripper_weight is {self.config.gripper_weight}, and nothing says which action is the gripper; leave it at 1"
             )
-        slot = self.action_layout.slots_D[self.embodiment.gripper_action]
-        return weight_A.index_fill_(0, slot, self.config.gripper_weight)
+        slots = self.action_layout.slots_with(self.embodiment.gripper_action)
+        return weight_A.index_fill_(0, slots, self.config.gripper_weight)
+
+    def _used_entries(self) -> Tensor:
+        """(A,) bool: what the robot has of the action's vector, and of the state's where both are one: RDT was pretrained with
+        one mask for both, and reads a state outside it as one that was left out."""
+        state_S, action_A = self.state_layout.mask_W, self.action_layout.mask_W
+        return state_S | action_A if state_S.shape == action_A.shape else action_A
 
     @property
     def action_shape(self) -> tuple[int, int]:
@@ -88,7 +101,7 @@ class Policy(nn.Module):
         return replace(
             prefix,
             state_BTS=state_BTS,
-            action_mask_BA=self.action_layout.mask_W.expand(batch, -1),
+            action_mask_BA=self._used_entries().expand(batch, -1),
             control_hz_B=torch.full((batch,), self.embodiment.control_hz, device=state_BTS.device),
         )
 
@@ -113,3 +126,19 @@ class Policy(nn.Module):
         laid_out_BHA = self.config.objective.sample(self.bind(observation), noise_BHA)
         actions_BHA: Tensor = self.action_normaliser.inverse(self.action_layout.inverse(laid_out_BHA))
         return actions_BHA
+
+
+def _check_image_tokens(config: PolicyConfig) -> None:
+    """RDT learnt a position for each patch of each picture: raises ValueError where the images have others."""
+    backbone, expert = config.backbone, config.expert
+    if not isinstance(backbone, SiglipT5Config) or not isinstance(expert, DiTExpertConfig):
+        return
+    pictures = backbone.num_history * backbone.num_camera_slots
+    patches = (backbone.image_px // backbone.vision.patch_px) ** 2
+    if pictures * patches != expert.num_image_tokens:
+        raise ValueError(
+            f"policy.expert.num_image_tokens is {expert.num_image_tokens}: one learnt position for each patch of {pictures} pictures "
+            f"(RDT-1B's are 729 a picture, of 384 pixels), and images of {backbone.image_px} pixels have {patches} patches; prepare with "
+            "--image-px 384 and leave policy.backbone.vision as it is, or, without RDT-1B's weights, set it to "
+            f"{pictures * patches}"
+        )

@@ -30,7 +30,7 @@ class Prefix:
     state_BTS: Tensor | None = None
     """Normalised proprioception, laid out as the expert reads it; set by the policy, as are the two below."""
     action_mask_BA: Tensor | None = None
-    """bool; True at entries of the action vector that this robot has."""
+    """bool; True at entries of the action vector that this robot has; where state and actions share one, entries of either."""
     control_hz_B: Tensor | None = None
     """float32; how many actions a second the robot takes."""
 

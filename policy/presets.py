@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..data.unified_vector import codec_named
 from ..data.vector_layout import VectorLayout
 from .backbones.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from .backbones.paligemma import PaliGemmaConfig
@@ -24,11 +25,6 @@ from .objectives.flow import Flow
 
 PADDED_32 = VectorLayout(name="padded", width=32)
 """π0, π0.5 and SmolVLA: a robot's numbers first, then zeros."""
-RDT_LIBERO_STATE = VectorLayout(name="rdt_libero_eef", width=128, slots=(30, 31, 32, 33, 34, 35, 10, 11))
-"""LIBERO's end-effector position, axis-angle and two finger joints in RDT's vector; the axis-angle takes three of the six
-rotation slots."""
-RDT_LIBERO_ACTIONS = VectorLayout(name="rdt_libero_osc", width=128, slots=(39, 40, 41, 42, 43, 44, 10))
-"""LIBERO's OSC deltas in RDT's velocity slots, and the gripper."""
 
 _HEADS: dict[str, Any] = {"depth": 3, "num_heads": 4, "num_kv_heads": 1, "head_dim": 8}
 _LLAMA_HEADS: dict[str, Any] = {"depth": 4, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "family": "llama"}
@@ -80,10 +76,12 @@ def smolvla(*, tiny: bool = False) -> PolicyConfig:
     )
 
 
-def rdt(*, tiny: bool = False) -> PolicyConfig:
+def rdt(*, tiny: bool = False, codec: str = "libero_osc") -> PolicyConfig:
     """RDT-1B (Liu et al. 2024): two observations, cached T5-XXL text, a 28-block diffusion transformer on a unified vector.
 
-    The layouts are for LIBERO's Panda; another robot has its own."""
+    `codec` names how LIBERO's Panda is written into that vector (data/unified_vector.py), and so the robot card of the cache. The
+    default is the one that was reported to work; another robot has layouts of its own."""
+    vector = codec_named(codec)
     dit = DiTExpertConfig(width=32, depth=4, num_heads=4, num_image_tokens=96, num_language_tokens=32)
     return PolicyConfig(
         backbone=SiglipT5Config(vision=_TINY_VISION) if tiny else SiglipT5Config(),
@@ -92,8 +90,8 @@ def rdt(*, tiny: bool = False) -> PolicyConfig:
         horizon=4 if tiny else 64,
         state_normalisation="identity",
         action_normalisation="identity",
-        state_layout=RDT_LIBERO_STATE,
-        action_layout=RDT_LIBERO_ACTIONS,
+        state_layout=vector.state,
+        action_layout=vector.actions,
         observation_offsets=(-1, 0),
     )
 

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 
+import h5py
+import numpy as np
 import pytest
 from small_episodes import row
 from small_policies import make_policy
 
+from vlatune.data.cache import Cache
 from vlatune.data.language import Language
 from vlatune.eval.results import header
 from vlatune.launch.cli import COMMANDS
@@ -50,7 +53,7 @@ def test_the_tree_names_every_module():
     assert {path for path in tree_paths() if not (ROOT / path).exists()} == set(), "in README's tree but not there"
 
 
-SAYS = ("import results", "0.666667"), ("load_policy", "(4, 7)")
+SAYS = ("import results", "0.666667"), ("load_policy", "(4, 7)"), ("MyFiles", "made my_cache")
 """Something of a snippet, and of what it prints here."""
 
 
@@ -67,6 +70,8 @@ def test_the_python_runs(tmp_path):
     policy = make_policy()
     write_policy(checkpoint, policy, policy.state_dict(), Language.build(["put it there"], encoder="none"), {})
     (checkpoint / COMPLETE).write_text("")
+    for task in ("fold_the_towel", "open_the_box"):
+        write_strangers_file(tmp_path / "demos" / task / "episode_0.hdf5", 6)
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) == len(SAYS)
     for snippet in snippets:
@@ -76,6 +81,22 @@ def test_the_python_runs(tmp_path):
         assert finished.returncode == 0, finished.stderr
         expected = next(printed for part, printed in SAYS if part in snippet)
         assert expected in finished.stdout
+    cache = Cache.open(tmp_path / "my_cache")
+    assert cache.robot.name == "two_arms"
+    assert set(cache.episodes["instruction"]) == {"fold the towel", "open the box"}
+    with h5py.File(tmp_path / "demos" / "fold_the_towel" / "episode_0.hdf5") as file:
+        np.testing.assert_array_equal(cache.actions_NA[:6], file["action"][:].astype(np.float32))
+
+
+def write_strangers_file(path, length):
+    """As ALOHA and RDT have them."""
+    random = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["observations/qpos"] = random.normal(size=(length, 14))
+        file["action"] = random.normal(size=(length, 14))
+        for camera in ("cam_high", "cam_left_wrist", "cam_right_wrist"):
+            file[f"observations/images/{camera}"] = random.integers(0, 256, (length, 24, 32, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^vlatune (\w+)", README, re.MULTILINE))

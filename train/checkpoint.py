@@ -11,13 +11,16 @@ import torch
 from accelerate import Accelerator
 
 from ..data.episodes import DataError
-from ..policy.checkpoints.folder import write_policy
+from ..policy.checkpoints.folder import write_policy, write_weights
 from ..policy.checkpoints.layout import COMPLETE, checkpoint_name, complete_checkpoints
 from ..policy.policy import Policy
+from .ema import Ema
 
 FREE_TO_CHANGE = {
     "out",
     "cache",
+    "more_caches",
+    "language",
     "stop_at_step",
     "checkpoint_every",
     "num_trainer_states",
@@ -25,23 +28,24 @@ FREE_TO_CHANGE = {
     "validate_every",
     "num_validation_batches",
 }
-"""Fields that do not alter what a run computes; the cache is compared by its content instead of its path."""
+"""Fields that do not alter what a run computes; caches are compared by their content instead of their path."""
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     model: torch.nn.Module,
+    ema: Ema | None,
     run: Path,
     step: int,
     *,
     language: Path,
     provenance: Mapping[str, Any],
     num_trainer_states: int,
-    whole: bool = True,
+    base_step: int | None,
 ) -> None:
     """All ranks call this. The folder appears under its name only when its last file is written.
 
-    Where not `whole`, all but the untrained checkpoint leave out what is frozen, and refer to that one."""
+    With a `base_step` what is frozen is left out and referred to there; None: everything is written, adapters merged."""
     final = run / "checkpoints" / checkpoint_name(step)
     temporary = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
@@ -50,12 +54,21 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary / "trainer"))
     accelerator.wait_for_everyone()
+    if ema is not None:
+        ema.save(temporary / "trainer", accelerator.process_index)
+    policy = accelerator.unwrap_model(model)
+    assert isinstance(policy, Policy)
+    weights = accelerator.get_state_dict(model, unwrap=True)  # under ZeRO-3 all ranks gather it
     if accelerator.is_main_process:
-        policy = accelerator.unwrap_model(model)
-        assert isinstance(policy, Policy)
-        untrained = final.with_name(checkpoint_name(0)) / "model.safetensors"
-        base = None if whole or step == 0 else untrained
-        write_policy(temporary, policy, policy.state_dict(), language, {**provenance, "step": step}, base=base)
+        base = None if base_step is None else final.with_name(checkpoint_name(base_step)) / "model.safetensors"
+        write_policy(temporary, policy, weights, language, {**provenance, "step": step}, base=base)
+    if ema is not None:
+        with ema.in_place_of_weights():
+            if accelerator.is_main_process:
+                write_weights(temporary, policy, policy.state_dict(), whole=base_step is None, averaged=True)
+            accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         (temporary / COMPLETE).write_text(f"step {step}\n")
         _flush_to_disk(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -63,6 +76,13 @@ def save_checkpoint(
         for _, older in resumable_checkpoints(run)[:-num_trainer_states]:
             shutil.rmtree(older / "trainer")
     accelerator.wait_for_everyone()
+
+
+def load_trainer_state(accelerator: Accelerator, ema: Ema | None, checkpoint: Path) -> None:
+    """What `save_checkpoint` wrote on as many ranks; all ranks call this."""
+    accelerator.load_state(str(checkpoint / "trainer"))
+    if ema is not None:
+        ema.load(checkpoint / "trainer", accelerator.process_index)
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -1,12 +1,18 @@
 """What a training run is: one frozen value, resolved and stored in the run's folder."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ..data.augment import AugmentConfig
 from ..policy.config import PolicyConfig
 from ..policy.lora import LoraConfig
+from ..policy.objectives import ObjectiveConfig
+from .ema import EmaConfig
 from .trainable import Trained
+
+Engine = Literal["zero1", "zero2", "zero2_offload", "zero3", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,44 @@ class AdamWConfig:
     """On matrices; norms, biases and embeddings are not decayed."""
     gradient_clip_norm: float = 1.0
     """Longest gradient, over all parameters; longer ones are scaled down to it."""
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """Modules that learn at another pace, by their path in the policy: `backbone 0.1 backbone.vision_tower 0.01`. The longest path
+    that fits a parameter counts; all others have factor 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of a run: what is trained, towards which objective, on which schedule."""
+
+    num_steps: int
+    """Optimizer steps."""
+    trained: Trained = "full"
+    """What is trained: everything, all but the vision tower, the expert alone, adapters (LoRA) alone, or adapters and the expert."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Where adapters are trained: on which projections, and how."""
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    """Its own schedule; Adam's running means start afresh."""
+    objective: ObjectiveConfig | None = None
+    """None: the one of the stage before."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """A stage and its place in the run."""
+
+    stage: Stage
+    policy: PolicyConfig
+    """With the stage's objective."""
+    first_step: int
+    """Optimizer steps of the run before it."""
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.stage.num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +77,14 @@ class TrainConfig:
 
     cache: Path
     """What `vlatune prepare` wrote."""
+    language: Path | None = None
+    """What `vlatune embed` wrote of the cache's instructions, in place of the cache's own tokens and text features."""
+    more_caches: tuple[Path, ...] = ()
+    """Further caches of the same robot, cameras and tokenizer, mixed with the first."""
+    cache_weights: tuple[float, ...] | None = None
+    """How much of every batch comes from each cache, relative to the others, the first one first; none: by their samples."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes to training pictures, made on the device."""
     out: Path
     """The run's folder; a run found there is resumed."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -40,20 +92,24 @@ class TrainConfig:
     """Folders or hub names that the first weights come from: checkpoints of ours, π0, π0.5, SmolVLA or RDT-1B, plain PaliGemma,
     SmolVLM, SigLIP or CLIP; a later one overrides an earlier one. What none of them has starts from random weights, and is named."""
     trained: Trained = "full"
-    """What is trained: everything, all but the vision tower, the expert alone, or adapters (LoRA) alone."""
+    """What is trained: everything, all but the vision tower, the expert alone, adapters (LoRA) alone, or adapters and the expert."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Where `trained` is lora: which projections, and how."""
+    """Where adapters are trained: on which projections, and how."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     num_steps: int = 30_000
-    """Optimizer steps."""
+    """Optimizer steps of the run's first stage; of the whole run where it has no other."""
+    then: tuple[Stage, ...] = ()
+    """Further stages, each on the weights that the one before ended with."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """An average of the weights, kept beside them and saved with every checkpoint. Starts afresh in every stage."""
     stop_at_step: int | None = None
     """Save and stop here, with the schedule still laid out for num_steps; start again to go on."""
     batch_size: int = 32
     """Samples per optimizer step, over all ranks."""
     num_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
-    engine: Literal["zero2", "plain"] = "zero2"
-    """DeepSpeed with ds_configs/zero2.json, or no DeepSpeed (one process, or DDP)."""
+    engine: Engine = "zero2"
+    """DeepSpeed with ds_configs/<engine>.json, or plain: no DeepSpeed (one process, or DDP)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations in training; auto is bf16 on a GPU and fp32 on a CPU. ZeRO's masters are float32 always."""
     checkpoint_every: int = 5000
@@ -66,6 +122,8 @@ class TrainConfig:
     """Batches that a validation loss is the mean of."""
     log_every: int = 10
     """Optimizer steps between rows of metrics.csv."""
+    overfit_batches: int | None = None
+    """Train on the first so many batches over and over: the first thing to try on new data. The loss must go to nearly nothing."""
     seed: int = 0
     """Of initial weights, sample order and noise."""
 
@@ -80,6 +138,28 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.overfit_batches is not None and self.overfit_batches < 1:
+            raise ValueError(f"overfit_batches is {self.overfit_batches}; it must be at least 1, or left out")
+        if self.ema.decay and self.engine == "zero3":
+            raise ValueError(
+                "ema.decay is not 0, and the average is not kept under ZeRO-3; choose engine zero2, or ema.decay 0"
+            )
+
+    @property
+    def stages(self) -> tuple[PlannedStage, ...]:
+        """All of the run, in order."""
+        first = Stage(num_steps=self.num_steps, trained=self.trained, lora=self.lora, optimizer=self.optimizer)
+        planned: list[PlannedStage] = []
+        policy, step = self.policy, 0
+        for stage in (first, *self.then):
+            policy = policy if stage.objective is None else replace(policy, objective=stage.objective)
+            planned.append(PlannedStage(stage=stage, policy=policy, first_step=step))
+            step += stage.num_steps
+        return tuple(planned)
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].last_step
 
     def micro_batch_size(self, world_size: int) -> int:
         """Samples per rank and micro-batch. Raises ValueError if the batch does not divide."""

@@ -9,14 +9,26 @@ from .config import AdamWConfig
 
 
 def make_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """Two groups, decayed and not; every trainable parameter is in exactly one."""
+    """Every trainable parameter is in exactly one group; a group has its weight decay and its `rate_factor`, by which the
+    schedule's rate is multiplied. Raises ValueError for a module of `rate_factors` that trains nothing."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trainable if p.ndim > 1 and id(p) not in embeddings]
-    spared = [p for p in trainable if p.ndim <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    # A group without parameters makes ZeRO fail with an IndexError.
-    groups = [group for group in groups if group["params"]]
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for module in config.rate_factors:
+        if not any(name.startswith(f"{module}.") for name in trainable):
+            there = sorted({".".join(name.split(".")[:2]) for name in trainable})
+            raise ValueError(
+                f"optimizer.rate_factors names {module!r}, where nothing is trained; modules that are: {', '.join(there)}"
+            )
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        fitting = [module for module in config.rate_factors if name.startswith(f"{module}.")]
+        factor = config.rate_factors[max(fitting, key=len)] if fitting else 1.0
+        decayed = parameter.ndim > 1 and id(parameter) not in embeddings
+        members.setdefault((factor, decayed), []).append(parameter)
+    groups = [
+        {"params": members[key], "weight_decay": config.weight_decay if key[1] else 0.0, "rate_factor": key[0]}
+        for key in sorted(members, key=lambda key: (key[0], not key[1]))
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
 
 

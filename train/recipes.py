@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..policy import presets
 from ..policy.backbones.paligemma import PaliGemmaConfig
 from ..policy.backbones.siglip import SiglipConfig
 from ..policy.config import PolicyConfig
 from ..policy.experts.gemma import GemmaExpertConfig
 from ..policy.layers.decoder import DecoderConfig
+from ..policy.lora import LoraConfig
 from ..policy.objectives.flow import Flow
-from .config import AdamWConfig, TrainConfig
+from ..policy.objectives.rs_imle import RSIMLE
+from .config import AdamWConfig, Stage, TrainConfig
+from .public_recipes import PUBLIC_RECIPES
 
 
 def pocket() -> TrainConfig:
@@ -75,76 +77,6 @@ def libero() -> TrainConfig:
     )
 
 
-def pi05() -> TrainConfig:
-    """π0.5 on LIBERO as openpi trains it: all of its 3.35 B parameters, batch 256, chunks of 10. Eight GPUs of 80 GB.
-
-    Cache: --tokenizer google/paligemma-3b-pt-224 --encoder none --image-px 224. Not yet measured here."""
-    return TrainConfig(
-        cache=Path("cache"),
-        out=Path("runs/pi05"),
-        policy=replace(presets.pi05(), horizon=10),
-        pretrained=("lerobot/pi05_base",),
-        optimizer=AdamWConfig(
-            learning_rate=5e-5, final_learning_rate=5e-5, num_warmup_steps=10_000, weight_decay=1e-10
-        ),
-        num_steps=30_000,
-        batch_size=256,
-    )
-
-
-def pi0() -> TrainConfig:
-    """π0 on LIBERO: all of its 3.24 B parameters, batch 32, chunks of 50. Eight GPUs of 80 GB.
-
-    Cache as for pi05. Not yet measured here."""
-    return TrainConfig(
-        cache=Path("cache"),
-        out=Path("runs/pi0"),
-        policy=presets.pi0(),
-        pretrained=("lerobot/pi0_base",),
-        optimizer=AdamWConfig(
-            learning_rate=2.5e-5, final_learning_rate=2.5e-6, num_warmup_steps=1000, weight_decay=1e-10
-        ),
-        num_steps=30_000,
-        batch_size=32,
-    )
-
-
-def smolvla() -> TrainConfig:
-    """SmolVLA, all of its 403 M parameters, batch 64, chunks of 50. One GPU.
-
-    Cache: --tokenizer HuggingFaceTB/SmolVLM2-500M-Video-Instruct --encoder none --image-px 512 --padding left_top --resize
-    torch_bilinear. Not yet measured here."""
-    return TrainConfig(
-        cache=Path("cache"),
-        out=Path("runs/smolvla"),
-        policy=presets.smolvla(),
-        pretrained=("lerobot/smolvla_base",),
-        optimizer=AdamWConfig(
-            learning_rate=1e-4, final_learning_rate=2.5e-6, weight_decay=1e-10, gradient_clip_norm=10.0
-        ),
-        num_steps=30_000,
-        batch_size=64,
-    )
-
-
-def rdt() -> TrainConfig:
-    """RDT-1B's 1.23 B parameters behind a frozen SigLIP, batch 256, chunks of 64. Eight GPUs of 80 GB.
-
-    Cache: --tokenizer google/t5-v1_1-xxl --encoder google/t5-v1_1-xxl --image-px 384 --background 127 127 127 --resize
-    pil_bicubic. Not yet measured here."""
-    return TrainConfig(
-        cache=Path("cache"),
-        out=Path("runs/rdt"),
-        policy=presets.rdt(),
-        pretrained=("robotics-diffusion-transformer/rdt-1b", "google/siglip-so400m-patch14-384"),
-        optimizer=AdamWConfig(
-            learning_rate=1e-4, final_learning_rate=1e-4, num_warmup_steps=500, betas=(0.9, 0.999), weight_decay=1e-2
-        ),
-        num_steps=200_000,
-        batch_size=256,
-    )
-
-
 def tiny() -> TrainConfig:
     """For tests: seconds on one core, learns nothing worth having."""
     heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "depth": 2}
@@ -172,8 +104,27 @@ def tiny() -> TrainConfig:
     )
 
 
+def tiny_stages() -> TrainConfig:
+    """For tests: two steps of the expert by flow matching, then two of adapters on the backbone and the expert by RS-IMLE."""
+    return replace(
+        tiny(),
+        out=Path("runs/tiny_stages"),
+        trained="expert",
+        num_steps=2,
+        then=(
+            Stage(
+                num_steps=2,
+                trained="lora+expert",
+                lora=LoraConfig(rank=2, dropout=0.0),
+                optimizer=AdamWConfig(learning_rate=5e-4, num_warmup_steps=1),
+                objective=RSIMLE(num_candidates=3),
+            ),
+        ),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (pocket, libero, pi05, pi0, smolvla, rdt, tiny)
+    recipe.__name__: recipe for recipe in (pocket, libero, *PUBLIC_RECIPES, tiny, tiny_stages)
 }
 
 

@@ -1,11 +1,12 @@
 """Which parameters a run trains."""
 
+from dataclasses import replace
 from typing import Literal
 
 from ..policy.lora import LoraConfig, add_adapters
 from ..policy.policy import Policy
 
-Trained = Literal["full", "vision_frozen", "expert", "lora"]
+Trained = Literal["full", "vision_frozen", "expert", "lora", "lora+expert"]
 
 
 def set_trained(policy: Policy, trained: Trained, lora: LoraConfig) -> None:
@@ -23,6 +24,11 @@ def set_trained(policy: Policy, trained: Trained, lora: LoraConfig) -> None:
             policy.backbone.requires_grad_(False)
         case "lora":
             add_adapters(policy, lora)
+        case "lora+expert":
+            trained_before = [p for p in policy.expert.parameters() if p.requires_grad]
+            add_adapters(policy, replace(lora, expert="none"))
+            for parameter in trained_before:
+                parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
             f"trained is {trained!r}, and this policy has nothing left to train; choose 'full' or 'expert'"

@@ -23,11 +23,18 @@ from ..episodes import DataError, Episode
 from ..files import quick_digest
 from ..robots.card import RobotCard
 from ..robots.libero_panda import LIBERO_PANDA
+from ..robots.state import assemble_state, check_parts
 
 ObservationTiming = Literal["auto", "before_action", "after_action"]
 
 CAMERA_KEYS = {"agentview": "agentview_rgb", "eye_in_hand": "eye_in_hand_rgb"}
-STATE_KEYS = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
+STATE_KEYS = {
+    "eef_position": ("ee_pos", 3),
+    "eef_axis_angle": ("ee_ori", 3),
+    "gripper_joints": ("gripper_states", 2),
+    "joint_positions": ("joint_states", 7),
+}
+"""Part of a robot's state -> (its key in the file, numbers)."""
 BLOCK_FRAMES = 64
 """Pictures read at once: as many as a chunk of the file and the prepared ones need, whatever the episode's length."""
 
@@ -38,9 +45,11 @@ class LiberoHdf5Source:
     Images stay in the file's orientation (upside-down: OpenGL's rows). Raises `DataError` at once when there is no HDF5
     file under `path` or one cannot be opened."""
 
-    robot: RobotCard = LIBERO_PANDA
-
-    def __init__(self, path: Path | str, *, observation_timing: ObservationTiming = "auto") -> None:
+    def __init__(
+        self, path: Path | str, *, robot: RobotCard = LIBERO_PANDA, observation_timing: ObservationTiming = "auto"
+    ) -> None:
+        check_parts(robot, STATE_KEYS)
+        self.robot = robot
         self.path = Path(path)
         self.observation_timing = observation_timing
         if self.path.is_file():
@@ -79,7 +88,11 @@ class LiberoHdf5Source:
             try:
                 group, attributes = file[f"data/{demo}"], file["data"].attrs
                 actions_NA = _numbers(group, "actions", len(self.robot.action_names), where)
-                state_parts = {part: _numbers(group, f"obs/{part}", size, where) for part, size in STATE_KEYS.items()}
+                state_parts = {
+                    part: _numbers(group, f"obs/{key}", size, where)
+                    for part, (key, size) in STATE_KEYS.items()
+                    if key in group.get("obs", ()) or part in self.robot.state_parts
+                }
                 images = {camera: _Pictures.of(file, demo, part, where) for camera, part in CAMERA_KEYS.items()}
                 observed_before = self._observed_before_action(attributes, where)
                 task = Path(file_name).stem.removesuffix("_demo")
@@ -91,7 +104,7 @@ class LiberoHdf5Source:
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise DataError(f"{where} has parts of differing length ({said}); record it again or delete that group")
-        state_NS = np.concatenate(list(state_parts.values()), axis=1)
+        state_NS = assemble_state(self.robot, state_parts)
         if not observed_before:
             actions_NA, state_NS = actions_NA[1:], state_NS[:-1]
             images = {camera: pictures.without_last() for camera, pictures in images.items()}

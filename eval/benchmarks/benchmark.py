@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from ...data.robots.card import RobotCard
+from ...data.robots.libero_panda import LIBERO_PANDA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,8 @@ class Benchmark(Protocol):
     def protocols(self, suite: str) -> Mapping[str, EpisodeProtocol]:
         """By name; the first is the default."""
 
-    def make_environment(self, task: Task, protocol: EpisodeProtocol) -> Environment: ...
+    def make_environment(self, task: Task, protocol: EpisodeProtocol, robot: RobotCard = LIBERO_PANDA) -> Environment:
+        """Raises `DataError` where the simulator does not measure what the state of `robot` is made of."""
 
     def make_expert(self, task: Task) -> ScriptedExpert:
         """Raises `NoExpert` where the benchmark has none for this task."""

@@ -11,13 +11,16 @@ next is put back, and tests compare a used environment with a fresh one bit by b
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...data.robots.libero_panda import LIBERO_PANDA
+from ...data.robots.card import RobotCard
+from ...data.robots.libero_panda import MEASURED
+from ...data.robots.state import assemble_state, check_parts
+from ...data.rotations import quaternion_to_axis_angle
 from .benchmark import EpisodeProtocol, SimObservation, Task
 from .libero_library import libero_envs, robosuite
 from .progress import Progress
@@ -25,7 +28,6 @@ from .progress import Progress
 # isort: split
 from robosuite.utils.errors import RandomizationError
 from robosuite.utils.observables import Observable, sensor
-from robosuite.utils.transform_utils import quat2axisangle
 
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}
 """Ours -> robosuite's."""
@@ -41,20 +43,23 @@ class LiberoEnvironment:
 
     Cameras are observables of our own, sampled when robosuite samples its others: once per control step, at one of its 25
     physics substeps (the second but last, after an init state was set). Where no image is wanted the observable returns an
-    empty array: clocks and sampling points are those of a run that renders every step."""
+    empty array: clocks and sampling points are those of a run that renders every step.
 
-    robot = LIBERO_PANDA
+    `robot` is the card whose state observations show; the simulated robot is LIBERO's Panda whatever it says."""
 
     def __init__(
         self,
         task: Task,
         protocol: EpisodeProtocol,
+        robot: RobotCard,
         *,
         init_state: InitState,
         settle_action: np.ndarray,
     ) -> None:
+        check_parts(robot, MEASURED)
         self.task = task
         self.protocol = protocol
+        self.robot = robot
         self.physics_s = 0.0
         self.render_s = 0.0
         self._init_state = init_state
@@ -195,13 +200,19 @@ class LiberoEnvironment:
                 images[names[name]] = value
         for name in self.domain.fixtures_dict:
             low_dim[f"{name}_pos"] = self.domain.sim.data.body_xpos[self.domain.obj_body_id[name]].copy()
-        state_S = np.concatenate(
-            [
-                low_dim["robot0_eef_pos"],
-                quat2axisangle(low_dim["robot0_eef_quat"].copy()),
-                low_dim["robot0_gripper_qpos"],
-            ]
-        ).astype(np.float32)
         return SimObservation(
-            images=images, state_S=state_S, low_dim=low_dim, success=bool(self.domain._check_success())
+            images=images,
+            state_S=assemble_state(self.robot, state_parts(low_dim)),
+            low_dim=low_dim,
+            success=bool(self.domain._check_success()),
         )
+
+
+def state_parts(low_dim: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the Panda's state can be made of, from robosuite's observables."""
+    return {
+        "eef_position": low_dim["robot0_eef_pos"],
+        "eef_axis_angle": quaternion_to_axis_angle(low_dim["robot0_eef_quat"]),
+        "gripper_joints": low_dim["robot0_gripper_qpos"],
+        "joint_positions": low_dim["robot0_joint_pos"],
+    }

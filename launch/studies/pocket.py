@@ -6,7 +6,7 @@ Runs are trained as `vlatune train` does and judged as `vlatune sweep` does, on 
 import csv
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ...eval.collect import Collect, collect
 from ...eval.statistics import wilson
 from ...eval.sweep import SweepConfig, sweep
 from .pocket_report import Arm, write_report
-from .pocket_run import PocketRun, train_with_launcher
+from .pocket_run import PocketRun, step_of, train_with_launcher
 from .tables import ResultsTable, claim
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IMAGE_PX = 64
 """Side of the images that the recipe reads."""
+SUITE = "pocket"
 KEY = ("objective", "horizon", "num_executed_steps", "seed")
 
 
@@ -37,7 +38,7 @@ class PocketSettings:
     num_steps: int = 600
     """Optimizer steps of 64 samples, for every run; 600 take about two minutes on two CPU cores. Enough to tell objectives apart,
     not to be good: the quickstart trains for 2,400."""
-    episodes: int = 25
+    episodes: int = 15
     """Init states per task on which every run is judged, at most 25."""
     demos: int = 75
     """Demonstrations per task, if there is no --cache."""
@@ -94,29 +95,69 @@ Train = Callable[[PocketRun], None]
 Evaluate = Callable[[SweepConfig], Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """On what every run of a study is judged, and the table that its rows go to."""
+
+    episodes: int
+    """Init states per task."""
+    executed: tuple[int, ...]
+    """Every run is judged once for each of these numbers of executed steps that its chunks are long enough for."""
+    num_workers: int | None = None
+    """Simulator processes; one per CPU core if not given."""
+    suite: str = SUITE
+    """Of the benchmark pocket."""
+    row_type: type[PocketRow] = PocketRow
+    """Columns that `PocketRun` has, too, are filled from it."""
+    key: tuple[str, ...] = KEY
+    """Columns that tell rows apart; fields of `PocketRun`, and `num_executed_steps`."""
+
+    def key_of(self, run: PocketRun, steps: int) -> tuple[Any, ...]:
+        """The key of the run's row, judged with so many executed steps."""
+        values = {**asdict(run), "num_executed_steps": steps}
+        return tuple(values[name] for name in self.key)
+
+
 def run_study(
     out: Path,
     cache: Path | None,
     settings: PocketSettings,
     runs: Sequence[PocketRun],
     *,
-    executed: Sequence[int],
+    executed: tuple[int, ...],
     arm_of: Callable[[Mapping[str, Any]], Arm],
     question: str,
     train: Train = train_with_launcher,
     evaluate: Evaluate = sweep,
 ) -> Path:
+    """A study of policies trained from random weights: its cache, then `compare_runs`; returns `out`.
+
+    `runs` have `out` and `cache` filled in."""
+    digest = Cache.open(cache or made_cache(out, demos=settings.demos, noise=settings.noise)).digest
+    claim(out, {**settings.depended_on(own_cache=cache is None), "cache_digest": digest})
+    judging = Judging(episodes=settings.episodes, executed=executed, num_workers=settings.num_workers)
+    return compare_runs(out, runs, judging, arm_of=arm_of, question=question, train=train, evaluate=evaluate)
+
+
+def compare_runs(
+    out: Path,
+    runs: Sequence[PocketRun],
+    judging: Judging,
+    *,
+    arm_of: Callable[[Mapping[str, Any]], Arm],
+    question: str,
+    remarks: Sequence[str] = (),
+    train: Train = train_with_launcher,
+    evaluate: Evaluate = sweep,
+) -> Path:
     """Compute the rows that are missing, then write summary, pairs, figure and findings; returns `out`.
 
-    `runs` have `out` and `cache` filled in. Every run is judged once for each of `executed` that its chunks are long enough for.
-    `arm_of` says of a row which arm of the comparison it belongs to."""
-    digest = Cache.open(ready_cache(out, cache, settings)).digest
-    claim(out, {**settings.depended_on(own_cache=cache is None), "cache_digest": digest})
-    table = ResultsTable(out, PocketRow, KEY)
-    planned = [(run, steps) for run in runs for steps in executed if steps <= run.horizon]
+    `arm_of` says of a row which arm of the comparison it belongs to; `remarks` are sentences that end the findings."""
+    table = ResultsTable(out, judging.row_type, judging.key)
+    planned = [(run, steps) for run in runs for steps in judging.executed if steps <= run.horizon]
 
     def is_done(run: PocketRun, steps: int) -> bool:
-        row = table.rows.get((run.objective, run.horizon, steps, run.seed))
+        row = table.rows.get(judging.key_of(run, steps))
         return row is not None and not row.errors
 
     missing = [(run, steps) for run, steps in planned if not is_done(run, steps)]
@@ -127,51 +168,55 @@ def run_study(
                 train(run)
             evaluate(
                 SweepConfig(
-                    runs=(run.out,),
-                    steps=(run.num_steps,),
+                    runs=(run.judged.parents[1],),
+                    suites=(judging.suite,),
+                    steps=(step_of(run.judged),),
                     selection_episodes=1,
-                    report_episodes=settings.episodes,
+                    report_episodes=judging.episodes,
                     num_executed_steps=steps,
                     videos=0,
-                    num_workers=settings.num_workers,
+                    num_workers=judging.num_workers,
+                    out=run.out / "evaluation",
                 )
             )
-            table.add(row_of(run, judged_episodes(run.out, run.num_steps, steps), steps))
+            table.add(row_of(run, judged_episodes(run.out, judging.suite, steps), steps, judging.row_type))
             bar.update()
     records = table.records()
     episodes = {
         (record["run"], record["num_executed_steps"]): judged_episodes(
-            out / "runs" / record["run"], settings.num_steps, record["num_executed_steps"]
+            out / "runs" / record["run"], judging.suite, record["num_executed_steps"]
         )
         for record in records
     }
-    write_report(out, records, episodes, arm_of=arm_of, question=question)
+    write_report(out, records, episodes, arm_of=arm_of, question=question, remarks=remarks)
     return out
 
 
-def ready_cache(out: Path, cache: Path | None, settings: PocketSettings) -> Path:
-    """The cache that runs train on: the given one, or one made in `out`, as the quickstart makes its own."""
-    if cache is not None:
-        return cache
-    made = out / "cache"
+def made_cache(folder: Path, *, demos: int, noise: float, suite: str = SUITE, tokenizer: str = "trained") -> Path:
+    """FOLDER/cache, made from FOLDER/demos as the quickstart makes its own, or the one that is there."""
+    made = folder / "cache"
     if not made.exists():
-        collect(Collect(out=out / "demos", episodes=settings.demos, noise=settings.noise))
-        prepare(PrepareConfig(demos=out / "demos", out=made, image_px=IMAGE_PX))
+        collect(Collect(out=folder / "demos", suite=suite, episodes=demos, noise=noise))
+        prepare(PrepareConfig(demos=folder / "demos", out=made, image_px=IMAGE_PX, tokenizer=tokenizer))
     return made
 
 
-def judged_episodes(run: Path, step: int, num_executed_steps: int) -> "pd.DataFrame":
-    """The run's episodes that count: on init states of the reporting half, with so many steps executed."""
+def judged_episodes(run: Path, suite: str, num_executed_steps: int) -> "pd.DataFrame":
+    """The run's episodes that count: on the suite's init states of the reporting half, with so many steps executed of the one chunk
+    that is drawn for a decision."""
     episodes = results.read(run)
     return episodes[
         (episodes["split"] == "report")
         & (episodes["actor"] == "policy")
-        & (episodes["step"] == step)
+        & (episodes["suite"] == suite)
+        & ~episodes["sampling"].str.contains("num_candidates")
         & (episodes["num_executed_steps"] == num_executed_steps)
     ]
 
 
-def row_of(run: PocketRun, episodes: "pd.DataFrame", num_executed_steps: int) -> PocketRow:
+def row_of(
+    run: PocketRun, episodes: "pd.DataFrame", num_executed_steps: int, row_type: type[PocketRow] = PocketRow
+) -> PocketRow:
     """The run's row, from its judged episodes and its metrics.csv."""
     successes, ended = int((episodes["outcome"] == "success").sum()), int((episodes["outcome"] != "error").sum())
     low, high = wilson(successes, ended)
@@ -180,15 +225,17 @@ def row_of(run: PocketRun, episodes: "pd.DataFrame", num_executed_steps: int) ->
         values = episodes[column].dropna()
         return float(values.mean()) if len(values) else None
 
-    with (run.out / "metrics.csv").open(newline="") as file:
-        metrics = list(csv.DictReader(file))
-    losses = [float(line["validation_loss"]) for line in metrics if line.get("validation_loss")]
-    speeds = [float(line["samples_per_s"]) for line in metrics if line.get("samples_per_s")]
-    return PocketRow(
-        objective=run.objective,
-        horizon=run.horizon,
+    losses, speeds = [], []
+    if (run.out / "metrics.csv").exists():  # not of a policy that is judged as it was given
+        with (run.out / "metrics.csv").open(newline="") as file:
+            metrics = list(csv.DictReader(file))
+        losses = [float(line["validation_loss"]) for line in metrics if line.get("validation_loss")]
+        speeds = [float(line["samples_per_s"]) for line in metrics if line.get("samples_per_s")]
+    columns = {field.name for field in fields(row_type)}
+    about: dict[str, Any] = {name: value for name, value in asdict(run).items() if name in columns}
+    return row_type(
+        **about,
         num_executed_steps=num_executed_steps,
-        seed=run.seed,
         run=run.out.name,
         successes=successes,
         episodes=ended,

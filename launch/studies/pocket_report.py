@@ -45,6 +45,7 @@ def write_report(
     *,
     arm_of: Callable[[Mapping[str, Any]], Arm],
     question: str,
+    remarks: Sequence[str] = (),
 ) -> None:
     """summary.csv, pairs.csv, figure.png and findings.md."""
     arms = sorted({arm_of(record) for record in records})
@@ -59,7 +60,7 @@ def write_report(
         write_csv(out / "pairs.csv", pairs)
     size_in = (6.8, 1.1 + 0.5 * len(arms))
     save_figure(out / "figure.png", size_in, lambda figure: _draw(figure, by_arm, success))
-    write_whole(out / "findings.md", (findings(question, by_arm, success, pairs) + "\n").encode())
+    write_whole(out / "findings.md", (findings(question, by_arm, success, pairs, remarks) + "\n").encode())
 
 
 def summary_line(arm: Arm, rows: Sequence[Mapping[str, Any]], success: Interval) -> dict[str, Any]:
@@ -136,8 +137,9 @@ def findings(
     by_arm: Mapping[Arm, Sequence[Mapping[str, Any]]],
     success: Mapping[Arm, Interval],
     pairs: Sequence[Mapping[str, Any]],
+    remarks: Sequence[str] = (),
 ) -> str:
-    """One paragraph, every number from the rows."""
+    """One paragraph, every number from the rows; the study's own `remarks` end it."""
     labels = {arm.name: arm.label for arm in by_arm}
     seeds = max(len(rows) for rows in by_arm.values())
     episodes = max(row["episodes"] for rows in by_arm.values() for row in rows)
@@ -159,7 +161,7 @@ def findings(
         )
     if len(told_apart) < len(pairs):
         sentences.append(f"Not told apart at 5 %: {len(pairs) - len(told_apart)} of {len(pairs)} pairs.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *remarks])
 
 
 def _draw(figure: Figure, by_arm: Mapping[Arm, Sequence[Mapping[str, Any]]], success: Mapping[Arm, Interval]) -> None:

@@ -2,8 +2,9 @@
 
 step_000400/
     model.safetensors     weights, under the names of `Policy.state_dict()`; of a run that freezes some, what it trains
-    base.json             where the frozen ones are, and their sha256: the run's untrained checkpoint
+    base.json             where the frozen ones are, and their sha256: an earlier checkpoint of the run
     adapter/              LoRA adapters, in PEFT's own format
+    ema.safetensors, ema_adapter/   the same, averaged over training, where the run keeps an average
     config.json           the resolved policy config and the embodiment it is tied to
     normalisation.json    statistics of state and actions
     language/             tokenizer and the instructions seen in training
@@ -28,13 +29,14 @@ from ...data.episodes import DataError
 from ...data.language import Language
 from ...data.normalise import Statistics
 from ..config import Embodiment, PolicyConfig
-from ..lora import adapter_of, merge_adapter, plain_weights, save_adapter
+from ..lora import adapter_of, merge_adapter, merged_weights, plain_weights, save_adapter
 from ..policy import Policy
 from .layout import COMPLETE
 from .weight_files import load_strict
 
-FORMAT_VERSION = 2
-BASE, ADAPTER = "base.json", "adapter"
+FORMAT_VERSION = 3
+WEIGHTS, BASE, ADAPTER = "model.safetensors", "base.json", "adapter"
+EMA, EMA_ADAPTER = "ema.safetensors", "ema_adapter"
 Config = TypeVar("Config")
 
 
@@ -51,18 +53,11 @@ def write_policy(
     that was loaded, or the folder of one.
 
     With a `base`, a model.safetensors within reach of `folder`'s final place, only trained parameters and adapters are written;
-    without one, every weight but the adapters."""
-    plain = plain_weights(policy, weights)
+    without one, every weight, with the adapters merged into them."""
     if base is not None:
-        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        plain = {name: tensor for name, tensor in plain.items() if name in trained}
         reference = {"weights": f"../{base.parent.name}/{base.name}", "sha256": _sha256(base)}
         (folder / BASE).write_text(json.dumps(reference, indent=1) + "\n")
-        if adapter_of(policy) is not None:
-            save_adapter(policy, weights, folder / ADAPTER)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in plain.items()}, folder / "model.safetensors"
-    )
+    write_weights(folder, policy, weights, whole=base is None)
     config = {
         "format_version": FORMAT_VERSION,
         "policy": dataclasses.asdict(policy.config),
@@ -77,8 +72,24 @@ def write_policy(
         shutil.copytree(language, folder / "language", dirs_exist_ok=True)
 
 
-def read_policy(folder: Path) -> tuple[Policy, Language, str]:
-    """The policy with its weights (float32 as stored, on the CPU), its language, and its weights' hash.
+def write_weights(
+    folder: Path, policy: Policy, weights: Mapping[str, Tensor], *, whole: bool, averaged: bool = False
+) -> None:
+    """The weights alone; `averaged`: under the names of the average. `policy` must hold them, too."""
+    weights_name, adapter_name = (EMA, EMA_ADAPTER) if averaged else (WEIGHTS, ADAPTER)
+    if whole:
+        written = merged_weights(policy, weights)
+    else:
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        written = {name: tensor for name, tensor in plain_weights(policy, weights).items() if name in trained}
+        if adapter_of(policy) is not None:
+            save_adapter(policy, weights, folder / adapter_name)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}, folder / weights_name)
+
+
+def read_policy(folder: Path, *, averaged: bool = False) -> tuple[Policy, Language, str]:
+    """The policy with its weights (float32 as stored, on the CPU), its language, and its weights' hash; `averaged`: with the
+    average over training.
 
     Raises DataError if the folder is no complete checkpoint of this format, or its weights do not fit its config."""
     if not (folder / COMPLETE).exists():
@@ -96,15 +107,17 @@ def read_policy(folder: Path) -> tuple[Policy, Language, str]:
         _parsed(Embodiment, config["embodiment"], folder),
         Statistics.load(folder / "normalisation.json"),
     )
-    weights_file = folder / "model.safetensors"
+    weights_file, adapter = (folder / EMA, folder / EMA_ADAPTER) if averaged else (folder / WEIGHTS, folder / ADAPTER)
+    if not weights_file.is_file():
+        raise DataError(f"{folder} has no {weights_file.name}: its run kept no average (ema.decay 0); give it without")
     weights, files = load_file(weights_file), [weights_file]
     if (folder / BASE).exists():
         base = _base_of(folder)
         weights, files = load_file(base) | weights, [*files, base]
     load_strict(policy, weights, weights_file)
-    if (folder / ADAPTER).is_dir():
-        policy = merge_adapter(policy, folder / ADAPTER)
-        files.append(folder / ADAPTER / "adapter_model.safetensors")
+    if adapter.is_dir():
+        policy = merge_adapter(policy, adapter)
+        files.append(adapter / "adapter_model.safetensors")
     digests = [_sha256(file) for file in files]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return policy, Language.load(folder / "language"), digest[:16]

@@ -43,8 +43,10 @@ class PublicOptions:
 
     vision: str = "google/siglip-so400m-patch14-384"
     """RDT's vision tower, which its checkpoint does not hold: a folder or the hub's name."""
+    codec: str | None = None
+    """RDT fine-tuned on LIBERO: by which of the mappings in data/unified_vector.py (libero_osc, libero_physical, libero_joints)."""
     state_slots: tuple[int, ...] = ()
-    """RDT: the places of the robot's state in the unified vector of 128."""
+    """RDT, any other robot: the places of the robot's state in the unified vector of 128."""
     action_slots: tuple[int, ...] = ()
     """The same for its actions."""
 

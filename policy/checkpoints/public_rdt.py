@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.images import ImageRule
+from ...data.unified_vector import codec_named
 from ...data.vector_layout import VectorLayout
 from ..backbones.siglip import SiglipConfig
 from ..backbones.siglip_t5 import SiglipT5Config
@@ -34,6 +35,14 @@ def read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) ->
     head_dim = ours["expert.blocks.0.attn.q_norm.weight"].shape[0]
     image_tokens = ours["expert.img_cond_pos_embed"].shape[1]
     backbone = SiglipT5Config(vision=_siglip(options.vision))
+    if options.codec is not None:
+        codec = codec_named(options.codec)
+        state_layout, action_layout = codec.state, codec.actions
+    else:
+        state_layout, action_layout = (
+            VectorLayout(name="rdt", width=RDT_WIDTH, slots=slots or None)
+            for slots in (options.state_slots, options.action_slots)
+        )
     scheduler = config.get("config", config).get("noise_scheduler", {})
     policy = PolicyConfig(
         backbone=backbone,
@@ -54,8 +63,8 @@ def read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) ->
         horizon=ours["expert.x_pos_embed"].shape[1] - 3,
         state_normalisation="identity",
         action_normalisation="identity",
-        state_layout=VectorLayout(name="rdt", width=RDT_WIDTH, slots=options.state_slots or None),
-        action_layout=VectorLayout(name="rdt", width=RDT_WIDTH, slots=options.action_slots or None),
+        state_layout=state_layout,
+        action_layout=action_layout,
         observation_offsets=(-1, 0),
     )
     return PublicCheckpoint(
@@ -67,7 +76,7 @@ def read_rdt(folder: Path, config: Mapping[str, Any], options: PublicOptions) ->
         action_dim=None,
         image_rule=ImageRule(size_px=backbone.image_px, background=(127, 127, 127), resize="pil_bicubic"),
         statistics=given_statistics(options),
-        why_no_statistics=f"{folder} holds RDT's weights and no robot; add --statistics, --state-slots and --action-slots",
+        why_no_statistics=f"{folder} holds RDT's weights and no robot; add --statistics, and --codec or --state-slots and --action-slots",
         tokenizer="google/t5-v1_1-xxl",
         encoder_width=ours["expert.lang_adaptor.0.weight"].shape[1],
         vision=options.vision,

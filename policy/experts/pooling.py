@@ -13,12 +13,14 @@ from torch.nn import functional
 
 from ..prefix import Prefix, PrefixShape
 
+PoolingKind = Literal["average", "attention", "typed_attention"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig:
     """How image, language and state tokens become one condition."""
 
-    kind: Literal["average", "attention", "typed_attention"] = "attention"
+    kind: PoolingKind = "attention"
     """The mean of all tokens, in which a lone state token weighs as little as one patch; attention of a learned query; the
     same after adding a learned vector per kind of token."""
     width: int = 512

@@ -1,13 +1,16 @@
 import filecmp
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from small_text_models import write_gemma_model, write_t5
 
 from vlatune.data.episodes import DataError
 from vlatune.data.language import Language, check_available
+from vlatune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from vlatune.data.text_encoder import SeededT5, SeededT5Config
-from vlatune.data.tokenizer import TrainedTokenizer
+from vlatune.data.tokenizer import PretrainedTokenizer
 
 TEXTS = ("put the red cube on the plate", "put the blue cube on the plate", "open the drawer")
 
@@ -45,7 +48,8 @@ def test_embeddings_are_the_t5s_for_the_same_tokens_alone(language):
     assert prompts.embedding_BLE is not None
     encoder = SeededT5(SeededT5Config(vocab_size=language.vocab_size))
     for ids_L, mask_L, embedding_LE in zip(prompts.ids_BL, prompts.mask_BL, prompts.embedding_BLE, strict=True):
-        torch.testing.assert_close(embedding_LE[mask_L], encoder.encode(ids_L[mask_L].tolist()), rtol=0, atol=0)
+        (alone_LE,) = encoder.encode_each([ids_L[mask_L].tolist()])
+        torch.testing.assert_close(embedding_LE[mask_L], alone_LE, rtol=0, atol=0)
     assert (prompts.embedding_BLE[0] - prompts.embedding_BLE[1]).abs().max() > 0.1
 
 
@@ -59,9 +63,9 @@ def test_order_and_repetition_of_the_texts_do_not_matter(language):
 
 
 def test_a_trained_tokenizer_has_the_same_bytes_whatever_the_order():
-    one, two = TrainedTokenizer.train(TEXTS), TrainedTokenizer.train([*reversed(TEXTS), *[TEXTS[0]] * 9])
+    one, two = SentencePieceTokenizer.train(TEXTS), SentencePieceTokenizer.train([*reversed(TEXTS), *[TEXTS[0]] * 9])
     assert one.identity == two.identity
-    assert one.identity != TrainedTokenizer.train(TEXTS[:2]).identity
+    assert one.identity != SentencePieceTokenizer.train(TEXTS[:2]).identity
 
 
 def test_building_does_not_touch_torchs_random_state():
@@ -139,6 +143,7 @@ def test_blank_and_missing_prompts_are_refused(language):
 def test_missing_damaged_and_foreign_folders(language, tmp_path):
     with pytest.raises(DataError, match=r"no whole language in .*\(no language.json\)"):
         Language.load(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
     language.save(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"something else")
     with pytest.raises(DataError, match=r"tokenizer\.model was altered"):
@@ -147,35 +152,39 @@ def test_missing_damaged_and_foreign_folders(language, tmp_path):
     with pytest.raises(DataError, match=r"lacks tokenizer\.model"):
         Language.load(tmp_path)
     (tmp_path / "table.safetensors").write_bytes(b"12345678")
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"table\.safetensors was altered: its sha256 is not the recorded one"):
+        Language.load(tmp_path)
+    language.save(tmp_path)
+    (tmp_path / "table.safetensors").unlink()
+    with pytest.raises(DataError, match=r"no whole language in .*\(no table\.safetensors\)"):
         Language.load(tmp_path)
     language.save(tmp_path)
     index = tmp_path / "language.json"
-    index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 99'))
+    whole = json.loads(index.read_text())
+    for damaged in (
+        "{",
+        "[]",
+        json.dumps({**whole, "texts": whole["texts"][:1]}),
+        json.dumps({**whole, "identity": {}}),
+    ):
+        index.write_text(damaged)
+        with pytest.raises(DataError, match="is damaged .* copy the whole folder again"):
+            Language.load(tmp_path)
+    index.write_text(json.dumps({**whole, "format_version": 99}))
     with pytest.raises(DataError, match="has language format 99, this vlatune reads 1"):
         Language.load(tmp_path)
 
 
+def test_a_folder_without_a_checksum_is_read_as_before(language, tmp_path):
+    language.save(tmp_path)
+    index = tmp_path / "language.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "table_sha256"}))
+    assert Language.load(tmp_path).known_texts == language.known_texts
+
+
 @pytest.fixture(scope="module")
 def public_t5(tmp_path_factory) -> Path:
-    """A folder as the hub has them: a tokenizer of transformers' own and a tiny T5."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("t5")
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
-    for word in " ".join(TEXTS).split():
-        vocabulary.setdefault(word, len(vocabulary))
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    T5EncoderModel(
-        T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    ).save_pretrained(folder)
-    return folder
+    return write_t5(tmp_path_factory.mktemp("t5"), TEXTS, num_layers=1)
 
 
 def test_a_public_tokenizer_and_t5_by_folder(public_t5, tmp_path):
@@ -200,22 +209,9 @@ def test_an_encoder_reads_its_own_tokens_only(public_t5):
         check_available("trained", str(public_t5))
 
 
-def test_an_encoder_that_is_not_a_t5(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(DataError, match="is a bert; give a T5"):
-        from vlatune.data.text_encoder import PretrainedT5
-
-        PretrainedT5.from_name(str(tmp_path))
-
-
 def test_unreachable_names_are_one_sentence(tmp_path):
-    empty = str(tmp_path)
     with pytest.raises(DataError, match="no tokenizer .* can be loaded .*or --tokenizer trained"):
-        Language.build(TEXTS, tokenizer=empty, encoder="none")
-    from vlatune.data.text_encoder import PretrainedT5
-
-    with pytest.raises(DataError, match="the text encoder .* cannot be loaded .*or --encoder seeded-t5"):
-        PretrainedT5.from_name(empty)
+        Language.build(TEXTS, tokenizer=str(tmp_path), encoder="none")
 
 
 def test_another_caches_tokenizer_reads_new_instructions_with_the_same_tokens(small_cache):
@@ -225,3 +221,84 @@ def test_another_caches_tokenizer_reads_new_instructions_with_the_same_tokens(sm
     assert language.vocab_size == small_cache.language.vocab_size
     assert torch.equal(language.prompts([known]).ids_BL, small_cache.language.prompts([known]).ids_BL)
     assert language.prompts(["pick up the violet cube"]).ids_BL.max() < language.vocab_size
+
+
+def test_a_sentencepiece_file_begins_texts_as_openpi_does(tmp_path):
+    import sentencepiece
+
+    file = write_gemma_model(tmp_path / "openpi" / "paligemma_tokenizer.model", TEXTS)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for name in (str(file), str(file.parent)):  # the folder too: AutoTokenizer would read it without the beginning
+        language = Language.build(TEXTS, tokenizer=name, encoder="none")
+        # openpi's π0: the text, then the line break by itself.
+        expected = theirs.encode(TEXTS[0], add_bos=True) + theirs.encode("\n")
+        prompts = language.prompts([f"{TEXTS[0]}\n"], bucket=1)
+        assert prompts.ids_BL[0].tolist() == expected
+        assert expected[0] == theirs.bos_id() == 2
+        assert language.vocab_size == theirs.vocab_size()
+        assert language.tokenizer_name is None
+    language.save(tmp_path / "language")
+    file.unlink()
+    loaded = Language.load(tmp_path / "language")
+    assert torch.equal(loaded.prompts(["open the plate"]).ids_BL, language.prompts(["open the plate"]).ids_BL)
+    assert loaded.identity == language.identity
+
+
+def test_a_file_that_is_no_sentencepiece_model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(DataError, match=r"tokenizer\.model is not a sentencepiece model; copy it again"):
+        Language.build(TEXTS, tokenizer=str(tmp_path), encoder="none")
+
+
+def test_a_clip_tokenizer_by_folder_begins_and_ends_its_texts(tmp_path):
+    letters = [*"acdehlnopqrtu", *(f"{letter}</w>" for letter in "acdehlnopqrtu")]
+    vocabulary = {piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    language = Language.build(["Open a door"], tokenizer=str(tmp_path), encoder="none")
+    assert language.pieces("Open a door") == [
+        "<|startoftext|>", "o", "p", "e", "n</w>", "a</w>", "d", "o", "o", "r</w>", "<|endoftext|>"
+    ]  # fmt: skip
+    assert language.vocab_size == len(vocabulary)
+
+
+def test_tokens_that_no_text_becomes_need_no_row(public_t5, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(public_t5)
+    num_texts = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as PaliGemma's has one beyond π0's table
+    tokenizer.save_pretrained(tmp_path)
+    ours = PretrainedTokenizer.from_name(str(tmp_path))
+    assert (len(tokenizer), ours.vocab_size) == (num_texts + 1, num_texts)
+    assert ours.encode(TEXTS[0]) == tokenizer(TEXTS[0])["input_ids"]
+    with pytest.raises(DataError, match="has '<image>', which stands for no text"):
+        ours.encode("put the <image> on the plate")
+
+
+def test_a_text_that_changed(language, tmp_path):
+    check = {"prompt": "instruction", "folder": tmp_path / "lang", "cache": tmp_path / "cache"}
+    language.check_covers([*TEXTS, TEXTS[0]], **check)
+    again = f"rm -r {tmp_path}/lang && vlatune embed {tmp_path}/cache --out {tmp_path}/lang --tokenizer trained --encoder seeded-t5"
+    with pytest.raises(DataError, match=f"lacks 'open the box', an instruction of .*2 missing in all.*{again}"):
+        language.check_covers([TEXTS[0], "open the box", "open the box", "close it"], **check)
+
+
+def test_the_command_that_makes_a_language_again(public_t5, tmp_path):
+    check = {"prompt": "instruction", "folder": Path("lang"), "cache": Path("cache")}
+    for tokenizer, encoder, options in (
+        (public_t5, public_t5, f"--tokenizer {public_t5} --encoder {public_t5} --dtype bfloat16"),
+        (public_t5, "none", f"--tokenizer {public_t5} --encoder none"),
+        (write_gemma_model(tmp_path / "one.model", TEXTS), "none", r"--tokenizer FILE\.model --encoder none"),
+    ):
+        language = Language.build(TEXTS, tokenizer=str(tokenizer), encoder=str(encoder))
+        with pytest.raises(DataError, match=f"vlatune embed cache --out lang {options}$"):
+            language.check_covers(["another"], **check)
+
+
+def test_a_table_that_does_not_fit_its_texts(language):
+    with pytest.raises(ValueError, match="'open the drawer' has 4 tokens and features of 3"):
+        language.with_texts(["open the drawer"], [torch.zeros(3, 64)])
+    with pytest.raises(ValueError, match="if it has an encoder, and none otherwise"):
+        language.with_texts(["open the drawer"])

@@ -184,6 +184,24 @@ def test_steps_tasks_and_another_folder(tmp_path):
     assert not (run / "evaluation").exists()
 
 
+def test_candidates_are_a_setting_of_the_sampling(tmp_path):
+    run = fake_policy.write_run(tmp_path / "demo", {100: 0.6})
+    settings = {"controls": False, "selection_episodes": 1, "report_episodes": 2}
+    run_sweep(run, **settings)
+    alone = (run / "evaluation" / "episodes.csv").read_text()
+    run_sweep(run, num_candidates=3, **settings)
+    both = (run / "evaluation" / "episodes.csv").read_text()
+    assert both.startswith(alone), "episodes with another number of candidates are other episodes"
+    frame = read(run)
+    candidates = [json.loads(sampling).get("num_candidates") for sampling in frame["sampling"]]
+    assert candidates == [None] * 9 + [3] * 9
+    chosen = json.loads((run / "evaluation" / "chosen.json").read_text())
+    assert json.loads(chosen["settings"]["sampling"])["num_candidates"] == 3
+    run_sweep(run, num_candidates=3, **settings)
+    run_sweep(run, num_candidates=1, **settings)
+    assert (run / "evaluation" / "episodes.csv").read_text() == both
+
+
 def test_several_runs_share_the_workers(tmp_path):
     runs = [fake_policy.write_run(tmp_path / name, {100: 0.9}) for name in ("a", "b")]
     folders = run_sweep(*runs, controls=False, out=tmp_path / "out")
@@ -266,6 +284,11 @@ def test_controls_need_the_untrained_policy(tmp_path):
         ({"tasks": (1,)}, "no other instruction than 'reach the green dot'"),
         ({"baselines": ("scripted",)}, "no expert for blue"),
         ({"num_executed_steps": 11}, "--num-executed-steps 11: the policy's chunks have 10; 1 to 10"),
+        ({"num_candidates": 0}, "--num-candidates 0: a decision needs at least 1"),
+        (
+            {"num_candidates": 2, "num_executed_steps": 10},
+            "--num-candidates 2: .* all 10 are executed; type --num-executed-steps with a number below 10",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for(tmp_path, changes, message):

@@ -251,3 +251,48 @@ def test_a_row_does_not_depend_on_its_place_in_the_batch():
     np.testing.assert_array_equal(server.answer(questions[::-1])[::-1], together)
     for k, question in enumerate(questions):
         np.testing.assert_array_equal(server.answer([question])[0], together[k])
+
+
+def test_noise_of_candidates_is_the_keys():
+    key = specs()[0].key
+    noise_KHA = noise_for(key, 0, (3, 10, 7))
+    assert noise_KHA.shape == (3, 10, 7)
+    np.testing.assert_array_equal(noise_KHA[0], noise_for(key, 0, (10, 7)))
+    assert not np.array_equal(noise_KHA[0], noise_KHA[1])
+
+
+def test_a_decision_with_candidates_is_told_the_last_answer():
+    class Recording(FakePolicy):
+        answers: list[np.ndarray] = []  # noqa: RUF012
+
+        def act(self, *arguments, **settings):
+            assert settings["num_executed_steps"] == 8
+            self.answers.append(super().act(*arguments, **settings))
+            return self.answers[-1]
+
+    policy = Recording(0.3, "w", num_candidates=3)
+    results = run_all(specs(policy=policy), server=PolicyServer(policy, 1), num_workers=1)
+    began = 0
+    for call, previous_BHA in enumerate(policy.previous_seen):
+        if np.isnan(previous_BHA).all():
+            began += 1
+        else:
+            np.testing.assert_array_equal(previous_BHA, policy.answers[call - 1])
+    assert began == len(results) == 18
+    assert len(policy.previous_seen) > 2 * began, "most decisions are not an episode's first"
+
+
+def test_an_episode_with_candidates_depends_on_its_key_alone():
+    def outcomes(num_workers, batch_size, order):
+        policy = FakePolicy(0.5, "w", num_candidates=2)
+        episodes = [specs(policy=policy)[k] for k in order]
+        results = run_all(episodes, server=PolicyServer(policy, batch_size), num_workers=num_workers)
+        return {key: lasting(result) for key, result in results.items()}
+
+    assert outcomes(1, 1, range(9)) == outcomes(2, 4, reversed(range(9)))
+
+
+def test_a_policy_without_candidates_is_asked_as_ever():
+    policy = FakePolicy(0.6, "w")
+    run_all(specs(policy=policy)[:2], server=PolicyServer(policy, 1))
+    assert policy.previous_seen == []

@@ -2,7 +2,6 @@
 studies end to end, and those on pocket with fakes."""
 
 import ast
-import csv
 import json
 import math
 import sys
@@ -14,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_studies import FAKES, FakePocket, is_a_picture, read
 
 from vlatune.data.episodes import DataError
 from vlatune.eval.statistics import wilson
-from vlatune.eval.sweep import sweep
 from vlatune.launch import study
 from vlatune.launch.studies import bimodal, chunk, objective, pocket, steps, two_ways
 from vlatune.launch.studies.intervals import holm, mean_over_seeds, rate_over_seeds
@@ -37,22 +36,8 @@ from vlatune.launch.studies.toy_training import (
 from vlatune.train.recipes import load_recipe
 
 STUDIES = Path(study.__file__).parent / "studies"
-FAKES = str(Path(__file__).parents[1] / "eval" / "fakes")
 TINY_TOY = "--seeds 0 1 --shares-right 0.5 --num-demos 40 --num-steps 3 --batch-size 8 --width 16 --num-starts 4 --paths-per-start 3"
 CLOCK = ("ms_per_train_step", "ms_per_path")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def is_a_picture(path: Path) -> bool:
-    """A PNG of some size with more than one colour."""
-    from matplotlib.image import imread
-
-    pixels = imread(path)
-    return min(pixels.shape[:2]) > 200 and float(pixels[..., :3].std()) > 0.02
 
 
 # The world.
@@ -316,7 +301,7 @@ def test_other_settings_are_refused_and_more_seeds_are_not(toy, tmp_path):
         (objective.main, ["--objectives", "rs_imel"], "did you mean 'rs_imle'"),
         (chunk.main, ["--num-executed-steps", "8"], "must be from 1 to 4"),
         (study.main, ["bimodel"], "did you mean 'bimodal'"),
-        (study.main, ["freeze"], "there is no study 'freeze'"),
+        (study.main, ["warmth"], "there is no study 'warmth'"),
     ],
 )
 def test_bad_input_is_one_sentence(run, arguments, sentence, capsys):
@@ -371,26 +356,6 @@ def documented_fields(row_type: type) -> set[str]:
 
 
 # The studies on pocket, with a world of points and policies that tremble.
-
-
-class FakePocket:
-    """Trains in no time, to a skill of its own for each objective; sweeps in a benchmark without a simulator."""
-
-    skills = {"flow": 1.0, "l1": 0.9, "rs_imle": 0.0}  # noqa: RUF012
-
-    def __init__(self, trouble: Path | None = None) -> None:
-        import fake_point_world
-        import fake_policy
-
-        self.trained: list[str] = []
-        self.write_run = fake_policy.write_run
-        self.evaluate = partial(
-            sweep, make_benchmark=partial(fake_point_world.make, trouble), load_policy=fake_policy.load_policy
-        )
-
-    def train(self, run: PocketRun) -> None:
-        self.trained.append(run.out.name)
-        self.write_run(run.out, {0: 0.0, run.num_steps: self.skills[run.objective]})
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 import torch
 from preset_policies import (
     ACTION_DIM,
-    STATE_DIM,
     embodiment_for,
     make_batch,
     make_policy,
@@ -28,11 +27,12 @@ RDT_SIZE, RDT_TENSORS = 1_228_319_872, 618
 
 def full_policy(name: str) -> Policy:
     config = PRESETS[name]()
+    embodiment = embodiment_for(config, encoder_width=4096, vocab_size=1000)
     with torch.device("meta"):
         return Policy(
             config,
-            embodiment_for(config, encoder_width=4096, vocab_size=1000),
-            Statistics(state=statistics(STATE_DIM), actions=statistics(ACTION_DIM)),
+            embodiment,
+            Statistics(state=statistics(embodiment.state_dim), actions=statistics(ACTION_DIM)),
         )
 
 

@@ -8,6 +8,8 @@ import torch
 from vlatune.data.batch import Batch, Observation, Prompts
 from vlatune.data.images import ImageRule
 from vlatune.data.normalise import FieldStatistics, Statistics
+from vlatune.data.robots import LIBERO_PANDA, robot_named
+from vlatune.data.robots.card import RobotCard
 from vlatune.policy.backbones.paligemma import PaliGemmaConfig
 from vlatune.policy.backbones.siglip import SiglipConfig
 from vlatune.policy.config import Embodiment, PolicyConfig
@@ -17,7 +19,7 @@ from vlatune.policy.policy import Policy
 from vlatune.policy.presets import PRESETS
 
 CAMERAS = ("agentview", "eye_in_hand")
-STATE_DIM, ACTION_DIM, VOCABULARY = 8, 7, 50
+ACTION_DIM, VOCABULARY = 7, 50
 
 
 def statistics(size: int) -> FieldStatistics:
@@ -32,10 +34,17 @@ def statistics(size: int) -> FieldStatistics:
     )
 
 
+def robot_for(config: PolicyConfig) -> RobotCard:
+    """The card that the config's layout is for, or LIBERO's usual one."""
+    layout = config.state_layout
+    return robot_named(layout.robots[0]) if layout is not None and layout.robots else LIBERO_PANDA
+
+
 def embodiment_for(config: PolicyConfig, *, encoder_width: int = 40, vocab_size: int = VOCABULARY) -> Embodiment:
+    robot = robot_for(config)
     return Embodiment(
-        robot="libero_panda",
-        state_dim=STATE_DIM,
+        robot=robot.name,
+        state_dim=len(robot.state_names),
         action_dim=ACTION_DIM,
         control_hz=20.0,
         gripper_action=6,
@@ -51,10 +60,11 @@ def make_policy(config: PolicyConfig | str, seed: int = 0) -> Policy:
     if isinstance(config, str):
         config = PRESETS[config](tiny=True)
     torch.manual_seed(seed)
+    embodiment = embodiment_for(config)
     policy = Policy(
         config,
-        embodiment_for(config),
-        Statistics(state=statistics(STATE_DIM), actions=statistics(ACTION_DIM)),
+        embodiment,
+        Statistics(state=statistics(embodiment.state_dim), actions=statistics(ACTION_DIM)),
     )
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -85,6 +95,7 @@ def make_small_pi05() -> Policy:
 def make_batch(config: PolicyConfig, batch: int = 3, seed: int = 0) -> Batch:
     """Prompts of different lengths; the last sample lacks its second camera and its last two action steps."""
     random = np.random.default_rng(seed)
+    state_dim = len(robot_for(config).state_names)
     num_offsets, px = len(config.observation_offsets), config.backbone.image_px
     lengths = np.arange(batch) % 4 + 3
     valid_BH = torch.ones(batch, config.horizon, dtype=torch.bool)
@@ -98,7 +109,7 @@ def make_batch(config: PolicyConfig, batch: int = 3, seed: int = 0) -> Batch:
         observation=Observation(
             images={camera: torch.from_numpy(images[i]) for i, camera in enumerate(CAMERAS)},
             image_mask={CAMERAS[0]: there, CAMERAS[1]: wrist},
-            state_BTS=torch.from_numpy(random.normal(size=(batch, num_offsets, STATE_DIM)).astype(np.float32)),
+            state_BTS=torch.from_numpy(random.normal(size=(batch, num_offsets, state_dim)).astype(np.float32)),
             prompts=Prompts(
                 ids_BL=torch.from_numpy(random.integers(1, VOCABULARY, (batch, 8))),
                 mask_BL=torch.from_numpy(np.arange(8)[None] < lengths[:, None]),

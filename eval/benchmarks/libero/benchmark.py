@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from ....data.robots.card import RobotCard
 from ....data.robots.libero_panda import LIBERO_PANDA
 from ....data.sources.libero_hdf5 import language_of
 from ..benchmark import Environment, EpisodeProtocol, NoExpert, ScriptedExpert, Task
@@ -36,11 +37,11 @@ class Libero:
         libero = EpisodeProtocol(name="libero", max_steps=600, num_settle_steps=5, image_px=128)
         return {"openvla": openvla, "libero": libero}
 
-    def make_environment(self, task: Task, protocol: EpisodeProtocol) -> Environment:
+    def make_environment(self, task: Task, protocol: EpisodeProtocol, robot: RobotCard = LIBERO_PANDA) -> Environment:
         """Raises `AssetsError` where LIBERO's assets are not installed."""
         from .environment import make_environment
 
-        return make_environment(task, protocol, SETTLE_ACTIONS[protocol.name])
+        return make_environment(task, protocol, robot, SETTLE_ACTIONS[protocol.name])
 
     def make_expert(self, task: Task) -> ScriptedExpert:
         raise NoExpert(

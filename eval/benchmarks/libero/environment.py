@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ....data.robots.card import RobotCard
 from ..benchmark import EpisodeProtocol, Task
 from ..libero_environment import LiberoEnvironment
 from ..libero_library import use_assets
 from .init_states import load_init_states
 
 
-def make_environment(task: Task, protocol: EpisodeProtocol, settle_action: tuple[float, ...]) -> LiberoEnvironment:
+def make_environment(
+    task: Task, protocol: EpisodeProtocol, robot: RobotCard, settle_action: tuple[float, ...]
+) -> LiberoEnvironment:
     use_assets()
     bddl = Path(task.bddl_file)
     states = load_init_states(bddl.parents[2] / "init_files" / task.suite / f"{task.name}.pruned_init")
@@ -21,4 +24,4 @@ def make_environment(task: Task, protocol: EpisodeProtocol, settle_action: tuple
         state: np.ndarray = states[index]
         return state
 
-    return LiberoEnvironment(task, protocol, init_state=init_state, settle_action=np.asarray(settle_action))
+    return LiberoEnvironment(task, protocol, robot, init_state=init_state, settle_action=np.asarray(settle_action))

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from ....data.robots.card import RobotCard
+from ....data.robots.libero_panda import LIBERO_PANDA
 from ..benchmark import Environment, EpisodeProtocol, NoExpert, ScriptedExpert, Task
 
 BDDL = Path(__file__).parent / "bddl"
@@ -24,10 +26,10 @@ class Pocket:
     def protocols(self, suite: str) -> Mapping[str, EpisodeProtocol]:
         return {PROTOCOL.name: PROTOCOL}
 
-    def make_environment(self, task: Task, protocol: EpisodeProtocol) -> Environment:
+    def make_environment(self, task: Task, protocol: EpisodeProtocol, robot: RobotCard = LIBERO_PANDA) -> Environment:
         from .environment import make_environment
 
-        return make_environment(task, protocol)
+        return make_environment(task, protocol, robot)
 
     def make_expert(self, task: Task) -> ScriptedExpert:
         from .expert import PickAndPlace

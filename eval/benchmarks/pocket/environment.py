@@ -4,17 +4,19 @@ import zlib
 
 import numpy as np
 
+from ....data.robots.card import RobotCard
 from ..benchmark import EpisodeProtocol, Task
 from ..libero_environment import LiberoEnvironment
 from . import domain as _domain  # noqa: F401  (registers the problem)
 
 
-def make_environment(task: Task, protocol: EpisodeProtocol) -> LiberoEnvironment:
+def make_environment(task: Task, protocol: EpisodeProtocol, robot: RobotCard) -> LiberoEnvironment:
     environment = LiberoEnvironment(
         task,
         protocol,
+        robot,
         init_state=lambda state, index: _place_cubes(environment, state, index),
-        settle_action=np.asarray(LiberoEnvironment.robot.still_action),
+        settle_action=np.asarray(robot.still_action),
     )
     return environment
 

@@ -16,22 +16,22 @@ COLOURS = ("red", "green", "blue")
 PX = 16
 
 
-def make(trouble: Path | None = None, broken: bool = False) -> "FakeBenchmark":
-    return FakeBenchmark(trouble, broken)
+def make(trouble: Path | None = None, broken: bool = False, suite: str = "points") -> "FakeBenchmark":
+    return FakeBenchmark(trouble, broken, suite)
 
 
 class FakeBenchmark:
     name = "fake"
 
-    def __init__(self, trouble: Path | None, broken: bool) -> None:
-        self.trouble, self.broken = trouble, broken
+    def __init__(self, trouble: Path | None, broken: bool, suite: str) -> None:
+        self.trouble, self.broken, self.suite = trouble, broken, suite
 
     def suites(self):
         return {
-            "points": [
+            self.suite: [
                 Task(
                     benchmark="fake",
-                    suite="points",
+                    suite=self.suite,
                     task_id=k,
                     name=f"reach_the_{colour}_dot",
                     language=f"reach the {colour} dot",
@@ -46,7 +46,7 @@ class FakeBenchmark:
         protocol = EpisodeProtocol(name="short", max_steps=24, num_settle_steps=1, image_px=PX)
         return {"short": protocol}
 
-    def make_environment(self, task, protocol):
+    def make_environment(self, task, protocol, robot=LIBERO_PANDA):
         if self.broken:
             raise ImportError("Unable to load OSMesa library")
         return FakeEnvironment(task, self.trouble)

@@ -14,22 +14,31 @@ class FakePolicy:
     observation_offsets = (0,)
     horizon = 10
     action_dim = 7
-    noise_shape = (10, 7)
     num_sampling_steps = 4
     robot = "libero_panda"
     device = "cpu"
 
-    def __init__(self, skill: float, weights_hash: str, delay_s: float = 0.0):
+    def __init__(self, skill: float, weights_hash: str, delay_s: float = 0.0, num_candidates: int = 1):
         self.skill, self.weights_hash, self.delay_s = skill, weights_hash, delay_s
+        self.num_candidates = num_candidates
+        self.noise_shape = (10, 7) if num_candidates == 1 else (num_candidates, 10, 7)
+        self.previous_seen: list[np.ndarray] = []
         self.batch_sizes: list[int] = []
         self.cameras_seen: set[str] = set()
 
     @property
     def sampling(self):
-        return {"solver": "euler", "num_sampling_steps": self.num_sampling_steps}
+        settings = {"solver": "euler", "num_sampling_steps": self.num_sampling_steps}
+        return settings if self.num_candidates == 1 else {**settings, "num_candidates": self.num_candidates}
 
-    def act(self, observations, noise_BHA):
+    def act(self, observations, noise_BHA, *, previous=None, num_executed_steps=None):
+        """With several candidates: trembles as candidate 0 does at an episode's first decision, as candidate 1 at later ones."""
         self.batch_sizes.append(len(observations))
+        if self.num_candidates > 1:
+            assert num_executed_steps is not None
+            self.previous_seen.append(previous)
+            began = np.isnan(previous).any(axis=(1, 2))
+            noise_BHA = noise_BHA[np.arange(len(began)), np.where(began, 0, 1)]
         time.sleep(self.delay_s)
         chunks = []
         for raw, noise_HA in zip(observations, noise_BHA, strict=True):
@@ -49,8 +58,8 @@ class FakePolicy:
         return np.stack(chunks)
 
 
-def load_policy(path: Path, device: str = "auto") -> FakePolicy:
-    return FakePolicy(**json.loads((Path(path) / "fake.json").read_text()))
+def load_policy(path: Path, device: str = "auto", num_candidates: int = 1) -> FakePolicy:
+    return FakePolicy(**json.loads((Path(path) / "fake.json").read_text()), num_candidates=num_candidates)
 
 
 def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path:

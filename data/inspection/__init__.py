@@ -1,0 +1,1 @@
+"""``vlatune inspect``: what a cache holds, for a person to look at before training on it."""
