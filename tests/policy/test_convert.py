@@ -169,7 +169,7 @@ def test_a_fine_tuned_rdt_acts_with_its_encoders_named(statistics, tmp_path):
     assert acting.act([seen], noise).shape == (1, 16, 7)
     other = replace(seen, instruction="the bowl")
     assert not np.array_equal(acting.act([seen], noise), acting.act([other], noise))
-    with pytest.raises(DataError, match="--statistics, --state-slots and --action-slots"):
+    with pytest.raises(DataError, match="--statistics, and --codec or --state-slots and --action-slots"):
         load_policy(engine.parent, public=replace(public, statistics=None))
 
 
