@@ -42,6 +42,21 @@ def test_an_unknown_recipe_gets_a_suggestion():
         load_recipe("poket")
 
 
+def test_modules_with_a_rate_of_their_own():
+    policy = make_policy()
+    factors = {"backbone": 0.1, "backbone.vision_tower": 0.0}
+    groups = make_optimizer(policy, AdamWConfig(rate_factors=factors)).param_groups
+    factor_of = {id(parameter): group["rate_factor"] for group in groups for parameter in group["params"]}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            wanted = 0.0 if name.startswith("backbone.vision_tower.") else 0.1 if name.startswith("backbone.") else 1.0
+            assert factor_of[id(parameter)] == wanted, name
+    with pytest.raises(
+        ValueError, match="rate_factors names .backbon., where nothing is trained; modules that are: backbone"
+    ):
+        make_optimizer(policy, AdamWConfig(rate_factors={"backbon": 0.1}))
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match="--batch-size 4 does not divide into 3 ranks x 1 accumulation steps; type --batch-size 6 or 3"
