@@ -3,7 +3,9 @@
 import importlib.resources
 import json
 import os
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.access(sys.prefix, os.W_OK):
+        # What DeepSpeed compiles belongs to this environment: environments that share one folder rebuild it in turns.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     plugin = None
     if config.engine != "plain":
         # Without a launcher DeepSpeed still wants to know the address of its group of one.

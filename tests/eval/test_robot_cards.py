@@ -12,17 +12,9 @@ from fake_policy import FakePolicy
 from vlatune.data.episodes import DataError
 from vlatune.data.robots import LIBERO_PANDA, LIBERO_PANDA_JOINTS, LIBERO_PANDA_JOINTS_FINGERS
 from vlatune.data.robots.libero_panda import gripper_opening
-from vlatune.data.robots.state import check_parts
 from vlatune.eval.benchmarks import load_benchmark
 from vlatune.eval.sweep_plan import make_plan
 from vlatune.eval.workers import EpisodeSpec, SimulatorError, WorkerPool
-
-
-def fingers_only():
-    """A benchmark whose simulator measures nothing else."""
-    benchmark = fake_point_world.make()
-    benchmark.make_environment = lambda task, protocol, robot: check_parts(robot, ("gripper_joints",))
-    return benchmark
 
 
 def spec(robot: str, actor: str = "policy") -> EpisodeSpec:
@@ -55,7 +47,7 @@ def test_a_policy_of_an_unknown_robot_is_refused_before_any_episode():
 
 def test_a_simulator_that_cannot_show_the_card_stops_the_sweep():
     with (
-        WorkerPool(fingers_only, num_workers=1) as pool,
+        WorkerPool(fake_point_world.fingers_only, num_workers=1) as pool,
         pytest.raises(
             SimulatorError, match="'libero_panda' has a part 'eef_position', and what is measured here is gripper"
         ),

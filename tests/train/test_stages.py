@@ -1,5 +1,6 @@
 """A run of two stages: another trained set, another objective, a fresh optimizer, and a resume that lands in the right one."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,20 +10,34 @@ from vlatune.policy.acting import load_policy
 from vlatune.policy.checkpoints.folder import ADAPTER, BASE
 from vlatune.train.config import Stage
 from vlatune.train.recipes import load_recipe
+from vlatune.train.run import train
 from vlatune.train.stages import stage_at
 
 EXPERT, BACKBONE = "expert.action_out_proj.weight", "backbone.language_model.layers.0.self_attn.q_proj.weight"
 
 
-def train(cache, out, *settings: str, num_ranks: int = 2) -> str:
-    arguments = ("tiny_stages", "--cache", str(cache.path), "--out", str(out), "--checkpoint-every", "1", *settings)
-    return run("vlatune.train.run", *arguments, num_ranks=num_ranks)
+@pytest.fixture(scope="module", params=["plain", pytest.param("zero2", marks=pytest.mark.slow)])
+def train_until(request, small_cache):
+    """Train the two stages into a folder, up to a step: in this process, or through the launcher on two ranks."""
+    config = replace(load_recipe("tiny_stages"), cache=small_cache.path, engine=request.param, checkpoint_every=1)
+
+    def train_until(out, step: int | None = None) -> None:
+        if request.param == "plain":
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+            train(replace(config, out=out, stop_at_step=step))
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            return
+        arguments = ["tiny_stages", "--cache", str(small_cache.path), "--out", str(out), "--checkpoint-every", "1"]
+        run("vlatune.train.run", *arguments, *(() if step is None else ("--stop-at-step", str(step))))
+
+    return train_until
 
 
 @pytest.fixture(scope="module")
-def straight(small_cache, tmp_path_factory):
+def straight(train_until, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
-    train(small_cache, out)
+    train_until(out)
     return out
 
 
@@ -54,10 +69,11 @@ def test_schedules_are_the_stages_own(straight):
 
 
 @pytest.mark.parametrize("stopped_at", [2, 3])
-def test_a_resumed_run_lands_in_the_right_stage(small_cache, straight, tmp_path, stopped_at):
+def test_a_resumed_run_lands_in_the_right_stage(train_until, straight, tmp_path, stopped_at):
     out = tmp_path / "resumed"
-    train(small_cache, out, "--stop-at-step", str(stopped_at))
-    train(small_cache, out)
+    train_until(out, stopped_at)
+    assert not folder(out, 4).exists()
+    train_until(out)
     for step in (2, 4):
         expected, found = weights(straight, step), weights(out, step)
         assert expected.keys() == found.keys()

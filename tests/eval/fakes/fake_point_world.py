@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlatune.data.robots.libero_panda import LIBERO_PANDA
+from vlatune.data.robots.state import check_parts
 from vlatune.eval.benchmarks.benchmark import EpisodeProtocol, NoExpert, SimObservation, Task
 
 COLOURS = ("red", "green", "blue")
@@ -130,3 +131,10 @@ class FakeEnvironment:
 
     def close(self):
         pass
+
+
+def fingers_only():
+    """A benchmark whose simulator measures the gripper's joints and nothing else."""
+    benchmark = make()
+    benchmark.make_environment = lambda task, protocol, robot: check_parts(robot, ("gripper_joints",))
+    return benchmark
