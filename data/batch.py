@@ -2,7 +2,7 @@
 
 Shape letters, used everywhere:
     B batch   T observation offsets   H horizon (chunk steps)   A action dims   S state dims
-    L prompt tokens   E text-encoder width   D model width   K draws per prefix
+    L prompt tokens   E text-encoder width   N image tokens   D model width   K draws per prefix
 Values are in **raw units** (metres, radians, the simulator's action units): normalising is the policy's business, so that
 statistics travel with the weights and nobody else can apply them twice.
 """
@@ -42,6 +42,8 @@ class Observation:
     state_BTS: Tensor
     """float32."""
     prompts: Prompts
+    features: Mapping[str, Tensor] | None = None
+    """camera -> (B, T, N, D), what the policy's frozen vision tower makes of that picture, and stands in for it: `images` is then empty."""
 
     def to(self, device: torch.device | str) -> Self:
         moved: Self = _moved(self, device)

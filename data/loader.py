@@ -22,6 +22,7 @@ from .order import EndlessOrder
 from .picture_memory import PictureMemory
 from .prompt import PromptStyle
 from .read_ahead import NUM_READ_AHEAD, read_ahead
+from .vision_features import FeatureStore
 from .windows import CacheWindows, concatenate_prompts
 
 
@@ -63,15 +64,19 @@ class Loader(ABC):
     num_samples: int
     """Of all ranks' epoch."""
 
-    def __init__(self, config: LoaderConfig, image_px: int, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: LoaderConfig, image_px: int, features: FeatureStore | None, *, rank: int, world_size: int
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size}; it must be 0 to {world_size - 1}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self._global_batch = config.batch_size * world_size
         # The thread fills one more than it keeps ready, and the consumer may hold one while it asks for the next.
         num_alive = NUM_READ_AHEAD + 3
-        shape = (config.batch_size, len(config.observation_offsets), image_px, image_px, 3)
-        self._memory = PictureMemory(shape, most=num_alive * len(config.cameras))
+        row, dtype = ((image_px, image_px, 3), torch.uint8) if features is None else (features.shape, features.dtype)
+        shape = (config.batch_size, len(config.observation_offsets), *row)
+        self._memory = PictureMemory(shape, most=num_alive * len(config.cameras), dtype=dtype)
+        self._is_of_features = features is not None
 
     @abstractmethod
     def _samples(self, first: int, count: int) -> Sequence[tuple[CacheWindows, np.ndarray]]:
@@ -118,7 +123,8 @@ class Loader(ABC):
             parts.append(windows.read(sample_B, {camera: all_rows[rows] for camera, all_rows in pictures.items()}))
             row = rows.stop
         batch = _joined(parts)
-        batch = replace(batch, observation=replace(batch.observation, images=pictures))
+        images, features = ({}, pictures) if self._is_of_features else (pictures, None)
+        batch = replace(batch, observation=replace(batch.observation, images=images, features=features))
         return _with_pinned_embeddings(batch) if pinned else batch
 
     def _of_this_rank(self, first_sample: int) -> Sequence[tuple[CacheWindows, np.ndarray]]:
@@ -133,14 +139,15 @@ class ChunkLoader(Loader):
         cache: Cache,
         config: LoaderConfig,
         *,
+        features: FeatureStore | None = None,
         statistics: Statistics | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`statistics`: the policy's, for prompts that spell out the state; None: the cache's. Raises `ValueError` for what the cache
-        cannot give."""
-        super().__init__(config, cache.image_rule.size_px, rank=rank, world_size=world_size)
-        self._windows = CacheWindows(cache, config, statistics)
+        """`features` of the cache's pictures are read in their place. `statistics`: the policy's, for prompts that spell out the state;
+        None: the cache's. Raises `ValueError` for what the cache cannot give, and `DataError` for features of another cache."""
+        super().__init__(config, cache.image_rule.size_px, features, rank=rank, world_size=world_size)
+        self._windows = CacheWindows(cache, config, statistics, features)
         self.num_samples = self._windows.num_samples
         if self._global_batch > self.num_samples:
             raise ValueError(

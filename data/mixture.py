@@ -15,6 +15,7 @@ from .cache import Cache
 from .loader import Loader, LoaderConfig
 from .normalise import FieldStatistics, Statistics
 from .order import EndlessOrder
+from .vision_features import FeatureStore
 from .windows import STATELESS_STYLES, CacheWindows
 
 WHOLE_SHARE = 2**30
@@ -32,21 +33,26 @@ class MixtureLoader(Loader):
         weights: Sequence[float] | None,
         config: LoaderConfig,
         *,
+        features: Sequence[FeatureStore] | None = None,
         statistics: Statistics | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`weights` are relative, one per cache; None weighs each by its samples. `statistics`: the policy's, for prompts that
-        spell out the state; None: those of these caches together. Raises `ValueError` for weights that are none,
-        caches that differ in what a policy is tied to, and what a cache cannot give."""
+        """`weights` are relative, one per cache; None weighs each by its samples. `features`, one store per cache, are read in place of
+        pictures. `statistics`: the policy's, for prompts that spell out the state; None: those of these caches together. Raises
+        `ValueError` for weights that are none, caches that differ in what a policy is tied to, features of some caches
+        only or of several towers, and what a cache cannot give; `DataError` for features of another cache."""
         refuse_differences(caches, embeddings=config.embeddings)
-        super().__init__(config, caches[0].image_rule.size_px, rank=rank, world_size=world_size)
+        if features is not None:
+            _refuse_other_features(caches, features)
+        stores: Sequence[FeatureStore | None] = features or [None] * len(caches)
+        super().__init__(config, caches[0].image_rule.size_px, stores[0], rank=rank, world_size=world_size)
         if statistics is None and config.prompt not in STATELESS_STYLES:
             statistics = mixture_statistics(caches)
         first_index = np.cumsum([0, *(cache.num_frames for cache in caches)]).tolist()
         self._windows = [
-            CacheWindows(cache, config, statistics, first_index=first)
-            for cache, first in zip(caches, first_index[:-1], strict=True)
+            CacheWindows(cache, config, statistics, store, first_index=first)
+            for cache, store, first in zip(caches, stores, first_index[:-1], strict=True)
         ]
         sizes = [windows.num_samples for windows in self._windows]
         self.num_samples = sum(sizes)
@@ -87,6 +93,20 @@ def refuse_differences(caches: Sequence[Cache], *, embeddings: bool) -> None:
                     f"and {_short(value)} in the second; prepare the second again as the first was (--tokenizer "
                     f"{first.language_path} gives the first one's tokens)"
                 )
+
+
+def _refuse_other_features(caches: Sequence[Cache], features: Sequence[FeatureStore]) -> None:
+    if len(features) != len(caches):
+        raise ValueError(
+            f"there are vision features for {len(features)} of {len(caches)} caches; make them for each with `vlatune features`, or train on "
+            "pictures"
+        )
+    for other in features[1:]:
+        if (other.plan.tower, other.plan.dtype) != (features[0].plan.tower, features[0].plan.dtype):
+            raise ValueError(
+                f"the vision features {features[0].path} and {other.path} are of different towers or precisions; make both with the same "
+                "--checkpoint and --precision"
+            )
 
 
 def mixture_statistics(caches: Sequence[Cache]) -> Statistics:

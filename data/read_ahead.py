@@ -82,6 +82,7 @@ def read_ahead(batches: Iterator[Batch], device: torch.device | None = None) -> 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     observation = batch.observation
     yield from observation.images.values()
+    yield from (observation.features or {}).values()
     yield from observation.image_mask.values()
     yield from (observation.state_BTS, observation.prompts.ids_BL, observation.prompts.mask_BL)
     if observation.prompts.embedding_BLE is not None:

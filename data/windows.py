@@ -15,6 +15,7 @@ from .cache import Cache
 from .normalise import Normaliser, Statistics
 from .prompt import prompt_text
 from .row_file import RowFile
+from .vision_features import FeatureStore
 
 if TYPE_CHECKING:
     from .loader import LoaderConfig
@@ -29,10 +30,17 @@ class CacheWindows:
     Offsets before an episode's start read its first frame, and their pictures are masked; actions beyond its end repeat the last one and are not valid."""
 
     def __init__(
-        self, cache: Cache, config: "LoaderConfig", statistics: Statistics | None, *, first_index: int = 0
+        self,
+        cache: Cache,
+        config: "LoaderConfig",
+        statistics: Statistics | None,
+        features: FeatureStore | None = None,
+        *,
+        first_index: int = 0,
     ) -> None:
         """Frames count from `first_index` in `sample_index_B`; `statistics` normalise the state that prompts spell out (None: the
-        cache's). Raises `ValueError` for what the cache cannot give."""
+        cache's); `features` are read in place of pictures. Raises `ValueError` for what the cache cannot give, and `DataError` for
+        features of another cache."""
         self.cache, self.config, self._first_index = cache, config, first_index
         missing = [camera for camera in config.cameras if camera not in cache.images]
         if missing:
@@ -53,8 +61,14 @@ class CacheWindows:
         self._instructions: list[str] = of_split["instruction"].tolist()
         self._offsets_T = np.array(config.observation_offsets)
         self._steps_H = np.arange(config.horizon)
+        if features is not None:
+            features.check_cache(cache)
+        self._is_of_features = features is not None
         self._pictures = {
-            camera: RowFile(cache.path / f"images_{camera}.u8", cache.images[camera]) for camera in config.cameras
+            camera: RowFile(cache.path / f"images_{camera}.u8", cache.images[camera])
+            if features is None
+            else RowFile(features.file(camera), features.rows[camera])
+            for camera in config.cameras
         }
         state = (statistics or cache.statistics).state
         self._state_normaliser = Normaliser(state, config.state_normalisation, config.near_constant)
@@ -71,17 +85,19 @@ class CacheWindows:
                 file.announce(seen_BT.reshape(-1))
 
     def read(self, sample_B: np.ndarray, pictures: Mapping[str, Tensor]) -> Batch:
-        """The samples' batch. `pictures`, a camera's being (B, T, px, px, 3) uint8, is filled and handed on in it."""
+        """The samples' batch. `pictures`, a camera's being (B, T, px, px, 3) uint8, or (B, T, N, D) where features stand in for them, is
+        filled and handed on in it."""
         episode_B, start_B1, last_B1, frame_B1 = self._places(sample_B)
         seen_BT, acted_BH = frame_B1 + self._offsets_T, frame_B1 + self._steps_H
         there_BT, valid_BH = seen_BT >= start_B1, acted_BH <= last_B1
         seen_BT, acted_BH = np.maximum(seen_BT, start_B1), np.minimum(acted_BH, last_B1)
         for camera, file in self._pictures.items():
-            file.take(seen_BT.reshape(-1), out=pictures[camera].numpy())
+            file.take(seen_BT.reshape(-1), out=pictures[camera].view(torch.uint8).numpy())
         state_BTS = torch.from_numpy(self.cache.state_NS[seen_BT])
         return Batch(
             observation=Observation(
-                images=pictures,
+                images={} if self._is_of_features else pictures,
+                features=pictures if self._is_of_features else None,
                 image_mask=dict.fromkeys(self.config.cameras, torch.from_numpy(there_BT)),
                 state_BTS=state_BTS,
                 prompts=self._prompts(episode_B, state_BTS[:, -1]),

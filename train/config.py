@@ -83,6 +83,11 @@ class TrainConfig:
     """Further caches of the same robot, cameras and tokenizer, mixed with the first."""
     cache_weights: tuple[float, ...] | None = None
     """How much of every batch comes from each cache, relative to the others, the first one first; none: by their samples."""
+    vision_features: Path | None = None
+    """What `vlatune features` wrote of the cache's pictures, read in their place; for a vision tower that is not trained, and
+    without augmentation."""
+    more_vision_features: tuple[Path, ...] = ()
+    """The same of `more_caches`, one each."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training pictures, made on the device."""
     out: Path
@@ -140,6 +145,15 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.overfit_batches is not None and self.overfit_batches < 1:
             raise ValueError(f"overfit_batches is {self.overfit_batches}; it must be at least 1, or left out")
+        if self.vision_features is None and self.more_vision_features:
+            raise ValueError(
+                "more_vision_features is given and vision_features is not; give the first cache's, too, or neither"
+            )
+        if self.vision_features is not None and not self.augment.is_off:
+            raise ValueError(
+                "vision_features stand in for pictures, which augmentation would change at every step; leave vision_features out, or switch "
+                "all of augment off"
+            )
         if self.ema.decay and self.engine == "zero3":
             raise ValueError(
                 "ema.decay is not 0, and the average is not kept under ZeRO-3; choose engine zero2, or ema.decay 0"

@@ -11,8 +11,10 @@ from ..policy.checkpoints.folder import read_policy
 from ..policy.checkpoints.layout import checkpoint_name
 from ..policy.checkpoints.pretrained import load_pretrained
 from ..policy.policy import Policy
+from .checkpoint import resumable_checkpoints
 from .config import PlannedStage, TrainConfig
 from .engine import rank
+from .frozen_vision import load_tower, refuse_other_tower, refuse_trained_tower
 from .trainable import set_trained
 from .training_data import TrainingData
 
@@ -27,15 +29,13 @@ def stage_at(stages: Sequence[PlannedStage], step: int) -> int:
 
 def stage_policy(config: TrainConfig, planned: PlannedStage, data: TrainingData, *, filled: bool) -> Policy:
     """The policy that a stage trains, its parameters frozen and adapted as the stage says. Not `filled`, it awaits trainer
-    state. Raises DataError or ValueError where weights do not fit."""
-    policy_config = planned.policy
-    backbone = policy_config.backbone
-    if data.kept_ids is not None and isinstance(backbone, PaliGemmaConfig | SmolVLMConfig):
-        # The table is as large as the compact tokenizer, whatever the public model's is.
-        policy_config = replace(policy_config, backbone=replace(backbone, vocab_size=None))
-    policy = Policy(policy_config, data.embodiment, data.statistics)
+    state. Raises DataError or ValueError where weights do not fit, or vision features cannot stand in for pictures."""
+    if data.features is not None:
+        refuse_trained_tower(config.stages, lambda each: _new_policy(each, data))
+    policy = _new_policy(planned, data)
+    start = config.out / "checkpoints" / checkpoint_name(planned.first_step)
     if filled and planned.first_step > 0:
-        _continue_from(policy, config.out / "checkpoints" / checkpoint_name(planned.first_step))
+        _continue_from(policy, start)
     elif filled and config.pretrained:
         taken, untouched = load_pretrained(policy, config.pretrained, data.kept_ids)
         if rank() == 0:
@@ -44,7 +44,20 @@ def stage_policy(config: TrainConfig, planned: PlannedStage, data: TrainingData,
             if untouched:
                 print(f"random weights: {', '.join(untouched)}")
     set_trained(policy, planned.stage.trained, planned.stage.lora)
+    if data.features is not None:
+        if not filled:
+            load_tower(policy, [resumable_checkpoints(config.out)[-1][1], start])
+        refuse_other_tower(policy, data.features, config)
     return policy
+
+
+def _new_policy(planned: PlannedStage, data: TrainingData) -> Policy:
+    policy_config = planned.policy
+    backbone = policy_config.backbone
+    if data.kept_ids is not None and isinstance(backbone, PaliGemmaConfig | SmolVLMConfig):
+        # The table is as large as the compact tokenizer, whatever the public model's is.
+        policy_config = replace(policy_config, backbone=replace(backbone, vocab_size=None))
+    return Policy(policy_config, data.embodiment, data.statistics)
 
 
 def _continue_from(policy: Policy, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from ..data.cache import Cache
 from ..data.loader import ChunkLoader, Loader, LoaderConfig
 from ..data.mixture import MixtureLoader, mixture_statistics
 from ..data.normalise import Statistics
+from ..data.vision_features import FeatureStore
 from ..policy.config import Embodiment
 from .config import TrainConfig
 
@@ -28,6 +29,8 @@ class TrainingData:
     loader_config: LoaderConfig
     rank: int
     world_size: int
+    features: tuple[FeatureStore, ...] | None
+    """What is read in place of pictures, one store per cache."""
 
     @classmethod
     def open(cls, config: TrainConfig, *, rank: int, world_size: int) -> "TrainingData":
@@ -49,12 +52,12 @@ class TrainingData:
             near_constant=policy.near_constant,
             seed=config.seed,
         )
-        return cls(config, caches, loader_config, rank, world_size)
+        return cls(config, caches, loader_config, rank, world_size, _open_features(config, caches))
 
     @cached_property
     def loader(self) -> Loader:
         """Of the training episodes."""
-        return self._loader(self.loader_config, self.caches, self.config.cache_weights)
+        return self._loader(self.loader_config, range(len(self.caches)), self.config.cache_weights)
 
     @cached_property
     def validation(self) -> Loader | None:
@@ -62,21 +65,24 @@ class TrainingData:
         num_frames = [
             int(cache.episodes.loc[cache.episodes["split"] == "validation", "length"].sum()) for cache in self.caches
         ]
-        caches = tuple(cache for cache, frames in zip(self.caches, num_frames, strict=True) if frames)
+        members = [place for place, frames in enumerate(num_frames) if frames]
         batch_size = min(self.loader_config.batch_size, sum(num_frames) // self.world_size)
         if batch_size == 0:
             return None
         config = replace(self.loader_config, split="validation", batch_size=batch_size)
-        return self._loader(config, caches, None)
+        return self._loader(config, members, None)
 
     def _loader(
-        self, config: LoaderConfig, caches: Sequence[Cache], weights: Sequence[float] | None
+        self, config: LoaderConfig, members: Sequence[int], weights: Sequence[float] | None
     ) -> ChunkLoader | MixtureLoader:
+        """Of the caches at these places."""
         # Statistics are those of all training data, also where a prompt spells out the state of a validation episode.
         place: dict[str, Any] = {"statistics": self.statistics, "rank": self.rank, "world_size": self.world_size}
+        caches = [self.caches[member] for member in members]
+        features = None if self.features is None else [self.features[member] for member in members]
         if len(caches) == 1:
-            return ChunkLoader(caches[0], config, **place)
-        return MixtureLoader(caches, weights, config, **place)
+            return ChunkLoader(caches[0], config, features=None if features is None else features[0], **place)
+        return MixtureLoader(caches, weights, config, features=features, **place)
 
     def batches(self, first_step: int, device: torch.device) -> Iterator[Batch]:
         """Micro-batches without end from optimizer step `first_step` on, on the `device` if that is a GPU."""
@@ -130,3 +136,15 @@ class TrainingData:
     @property
     def language_digest(self) -> str:
         return self.caches[0].language_digest
+
+
+def _open_features(config: TrainConfig, caches: Sequence[Cache]) -> tuple[FeatureStore, ...] | None:
+    if config.vision_features is None:
+        return None
+    paths = (config.vision_features, *config.more_vision_features)
+    if len(paths) != len(caches):
+        raise ValueError(
+            f"there are vision features for {len(paths)} of {len(caches)} caches; give --more-vision-features as many as --more-caches, or "
+            "train on pictures"
+        )
+    return tuple(FeatureStore.open(path, cache) for path, cache in zip(paths, caches, strict=True))

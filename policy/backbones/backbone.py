@@ -39,5 +39,9 @@ class Backbone(Protocol):
     def __call__(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         """`state_BTS` is the normalised state; images are uint8 as `Observation` holds them, or floats already in [-1, 1]."""
 
+    def picture_features(self, images: Tensor) -> Tensor:
+        """What its vision tower gives of each picture, before anything else of the backbone touches it: (M, px, px, 3) -> (M, N, D).
+        Computed once, it can stand in for the picture (`Observation.features`), for as long as the tower stays as it is."""
+
     def unread_parameters(self) -> Collection[nn.Parameter]:
         """Parameters that no output depends on, or that are never trained: kept in checkpoints, without gradients."""

@@ -20,7 +20,7 @@ from transformers import (
 
 from ...data.batch import Observation, Prompts
 from ..prefix import Prefix, PrefixPart, PrefixShape
-from .siglip import as_pixels, present_cameras
+from .siglip import as_pixels, camera_tokens, newest_features, present_cameras
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Red, green and blue of pixels in [0, 1], as CLIP was trained."""
@@ -169,6 +169,18 @@ class Clip(nn.Module):
         return list(self.parameters())
 
     @torch.no_grad()
+    def picture_features(self, images: Tensor) -> Tensor:
+        """Pooled, N is 1."""
+        pixels = as_clip_pixels(images)
+        if self.config.features == "pooled":
+            embeddings_MD: Tensor = self.vision_tower(pixel_values=pixels).image_embeds
+            return embeddings_MD[:, None]
+        tower = self.vision_tower.vision_model
+        # transformers norms the class token alone; without the norm a few features of a patch outweigh all others.
+        patches_MND: Tensor = tower.post_layernorm(tower(pixel_values=pixels).last_hidden_state[:, 1:])
+        return patches_MND
+
+    @torch.no_grad()
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         return Prefix(
             tokens={"image": self._image_tokens(observation), "language": self._language_tokens(observation.prompts)}
@@ -177,23 +189,17 @@ class Clip(nn.Module):
     def _image_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) and mask: pooled, one token per camera of the policy; else the patches of those present."""
         present = present_cameras(observation, self.cameras)
-        pixels = as_clip_pixels(torch.stack([observation.images[camera][:, -1] for camera in present])).flatten(0, 1)
+        features_CBND = newest_features(observation, present, self.picture_features)
         masks = {camera: observation.image_mask[camera][:, -1] for camera in present}
         if self.config.features == "pooled":
-            embeddings = self.vision_tower(pixel_values=pixels).image_embeds.unflatten(0, (len(present), -1))
-            found = dict(zip(present, embeddings, strict=True))
+            found = dict(zip(present, features_CBND[:, :, 0], strict=True))
             # An absent camera keeps its place, so that the next one is not taken for it.
-            nothing_BD, absent_B = torch.zeros_like(embeddings[0]), torch.zeros_like(masks[present[0]])
+            nothing_BD, absent_B = torch.zeros_like(features_CBND[0, :, 0]), torch.zeros_like(masks[present[0]])
             return (
                 torch.stack([found.get(camera, nothing_BD) for camera in self.cameras], dim=1),
                 torch.stack([masks.get(camera, absent_B) for camera in self.cameras], dim=1),
             )
-        tower = self.vision_tower.vision_model
-        # transformers norms the class token alone; without the norm a few features of a patch outweigh all others.
-        patches = tower.post_layernorm(tower(pixel_values=pixels).last_hidden_state[:, 1:])
-        features_BND = patches.unflatten(0, (len(present), -1)).transpose(0, 1).flatten(1, 2)
-        mask_BC = torch.stack([masks[camera] for camera in present], dim=1)
-        return features_BND, mask_BC.repeat_interleave(patches.shape[1], dim=1)
+        return camera_tokens(features_CBND, observation, present)
 
     def _language_tokens(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Features (B, L, D) and mask; pooled, L is 1. Raises ValueError if the prompts are too long."""

@@ -14,7 +14,7 @@ from ...data.batch import Observation
 from ..layers.decoder import GEMMA_2B, DecoderConfig
 from ..prefix import Prefix, PrefixPart, PrefixShape
 from .language_model import LanguageModel, table_rows
-from .siglip import SiglipConfig, camera_tokens, encode_cameras, make_vision_tower, present_cameras
+from .siglip import SiglipConfig, camera_tokens, encode_cameras, make_vision_tower, picture_features, present_cameras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,9 @@ class PaliGemma(nn.Module):
 
     def unread_parameters(self) -> list[nn.Parameter]:
         return self.language_model.unread_parameters(self.reads)
+
+    def picture_features(self, images: Tensor) -> Tensor:
+        return picture_features(self.vision_tower, images)
 
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         parts = {"image": self._image_tokens(observation), "language": self._language_tokens(observation)}

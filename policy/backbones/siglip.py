@@ -4,7 +4,7 @@ Shape letters: C cameras, B batch, N image tokens, D width."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,8 +78,9 @@ def make_vision_tower(config: SiglipConfig) -> SiglipVisionModel:
 
 
 def present_cameras(observation: Observation, cameras: Sequence[str]) -> list[str]:
-    """Those of `cameras` that the batch has, in order; raises ValueError if it has none."""
-    present = [camera for camera in cameras if camera in observation.images]
+    """Those of `cameras` that the batch has, in order, as pictures or as features; raises ValueError if it has none."""
+    there = observation.images if observation.features is None else observation.features
+    present = [camera for camera in cameras if camera in there]
     if not present:
         raise ValueError(f"the observation has none of this policy's cameras: {', '.join(cameras)}")
     return present
@@ -91,11 +92,23 @@ def as_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.to(dtype) if pixels.is_floating_point() else pixels.to(dtype) / 127.5 - 1
 
 
+def picture_features(tower: SiglipVisionModel, images: Tensor) -> Tensor:
+    """(M, px, px, 3), uint8 or floats already in [-1, 1] -> (M, N, D)."""
+    features: Tensor = tower(as_pixels(images, tower.dtype)).last_hidden_state
+    return features
+
+
 def encode_cameras(tower: SiglipVisionModel, observation: Observation, cameras: Sequence[str]) -> Tensor:
-    """The newest image of `cameras`, through the tower in one call: (C, B, N, D)."""
-    pixels = torch.stack([observation.images[camera][:, -1] for camera in cameras])
-    features = tower(as_pixels(pixels, tower.dtype).flatten(0, 1)).last_hidden_state
-    return features.unflatten(0, (len(cameras), -1))
+    """The newest image of `cameras`, through the tower in one call or as the features that stand in for it: (C, B, N, D)."""
+    return newest_features(observation, cameras, lambda images: picture_features(tower, images))
+
+
+def newest_features(observation: Observation, cameras: Sequence[str], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """As `encode_cameras`, of any tower: `encode` takes (M, px, px, 3) to (M, N, D)."""
+    if observation.features is not None:
+        return torch.stack([observation.features[camera][:, -1] for camera in cameras])
+    images = torch.stack([observation.images[camera][:, -1] for camera in cameras])
+    return encode(images.flatten(0, 1)).unflatten(0, (len(cameras), -1))
 
 
 def camera_tokens(features_CBND: Tensor, observation: Observation, cameras: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...data.batch import Observation
 from ..prefix import Prefix, PrefixPart, PrefixShape
-from .siglip import SiglipConfig, as_pixels, make_vision_tower, present_cameras
+from .siglip import SiglipConfig, make_vision_tower, picture_features, present_cameras
 
 BACKGROUND = 127
 """Grey value of a missing picture: int(0.5 * 255)."""
@@ -84,6 +84,9 @@ class SiglipT5(nn.Module):
     def unread_parameters(self) -> list[nn.Parameter]:
         return [] if self.config.train_vision else list(self.vision_tower.parameters())
 
+    def picture_features(self, images: Tensor) -> Tensor:
+        return picture_features(self.vision_tower, images)
+
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         prompts = observation.prompts
         if prompts.embedding_BLE is None:
@@ -98,34 +101,39 @@ class SiglipT5(nn.Module):
     def _image_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:
         """Features (B, T * slots * N, D), the oldest observation's slots first, and a mask that is True everywhere."""
         present = present_cameras(observation, self.cameras)
-        batch, num_offsets, image_px = observation.images[present[0]].shape[:3]
+        batch, num_offsets = observation.image_mask[present[0]].shape
         if num_offsets != self.config.num_history:
             raise ValueError(
                 f"the observation has {num_offsets} offsets, but backbone.num_history is {self.config.num_history}; "
                 "give policy.observation_offsets as many"
             )
-        dtype = self.vision_tower.dtype
-        device = observation.images[present[0]].device
-        grey = as_pixels(torch.full((image_px, image_px, 3), BACKGROUND, dtype=torch.uint8, device=device), dtype)
-        pixels = torch.stack(
-            [
-                torch.where(
-                    observation.image_mask[camera][..., None, None, None],
-                    as_pixels(observation.images[camera], dtype),
-                    grey,
-                )
-                for camera in present
-            ],
-            dim=2,
-        ).flatten(0, 2)
-        if len(present) < self.config.num_camera_slots:
-            pixels = torch.cat([pixels, grey[None]])  # one picture for all empty slots
-        features = self.vision_tower(pixels).last_hidden_state
-        seen_BTCND = features[: batch * num_offsets * len(present)].unflatten(0, (batch, num_offsets, -1))
-        empty_BTND = features[-1].expand(batch, num_offsets, -1, -1)
+        seen_BTCND, empty_ND = self._seen(observation, present)
+        empty_BTND = empty_ND.expand(batch, num_offsets, -1, -1)
         slots = [
             seen_BTCND[:, :, present.index(camera)] if camera in present else empty_BTND for camera in self.cameras
         ]
         slots += [empty_BTND] * (self.config.num_camera_slots - len(self.cameras))
         tokens_BND = torch.stack(slots, dim=2).flatten(1, 3)
         return tokens_BND, torch.ones_like(tokens_BND[..., 0], dtype=torch.bool)
+
+    def _seen(self, observation: Observation, present: list[str]) -> tuple[Tensor, Tensor]:
+        """Features of what the present cameras see, (B, T, C, N, D), and of an empty slot (where none is empty: any), (N, D)."""
+        image_px = self.config.image_px
+        masks_BT = [observation.image_mask[camera] for camera in present]
+        grey = torch.full((image_px, image_px, 3), BACKGROUND, dtype=torch.uint8, device=masks_BT[0].device)
+        if observation.features is not None:
+            grey_ND = self.picture_features(grey[None])[0]
+            features = [observation.features[camera] for camera in present]
+            shown = [torch.where(m[..., None, None], f, grey_ND) for m, f in zip(masks_BT, features, strict=True)]
+            return torch.stack(shown, dim=2), grey_ND
+        images = [observation.images[camera] for camera in present]
+        if images[0].is_floating_point():
+            grey = grey.to(images[0].dtype) / 127.5 - 1
+        shown = [torch.where(m[..., None, None, None], i, grey) for m, i in zip(masks_BT, images, strict=True)]
+        pictures = torch.stack(shown, dim=2)
+        is_one_empty = len(present) < self.config.num_camera_slots
+        # One picture stands for all empty slots.
+        rows = torch.cat([pictures.flatten(0, 2), grey[None]]) if is_one_empty else pictures.flatten(0, 2)
+        features_MND = self.picture_features(rows)
+        seen_BTCND = features_MND[: len(features_MND) - is_one_empty].unflatten(0, pictures.shape[:3])
+        return seen_BTCND, features_MND[-1]

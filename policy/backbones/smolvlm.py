@@ -17,7 +17,7 @@ from ...data.batch import Observation
 from ..layers.decoder import DecoderConfig
 from ..prefix import Prefix, PrefixPart, PrefixShape
 from .language_model import LanguageModel, table_rows
-from .siglip import SiglipConfig, camera_tokens, encode_cameras, make_vision_tower, present_cameras
+from .siglip import SiglipConfig, camera_tokens, encode_cameras, make_vision_tower, picture_features, present_cameras
 
 SIGLIP_BASE_512 = SiglipConfig(image_px=512, patch_px=16, width=768, mlp_dim=3072, depth=12, num_heads=12)
 SMOLLM2_360M_LOWER_HALF = DecoderConfig(
@@ -90,6 +90,9 @@ class SmolVLM(nn.Module):
 
     def unread_parameters(self) -> list[nn.Parameter]:
         return self.language_model.unread_parameters(self.reads)
+
+    def picture_features(self, images: Tensor) -> Tensor:
+        return picture_features(self.vision_tower, images)
 
     def forward(self, observation: Observation, state_BTS: Tensor) -> Prefix:
         prompts = observation.prompts
