@@ -21,6 +21,8 @@ FREE_TO_CHANGE = {
     "cache",
     "more_caches",
     "language",
+    "vision_features",
+    "more_vision_features",
     "stop_at_step",
     "checkpoint_every",
     "num_trainer_states",

@@ -90,7 +90,10 @@ def test_misspelt_command(word, guess, capsys):
 def test_unknown_command_lists_them_all(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["zzz"])
-    assert "there are check, collect, prepare, embed, inspect, verify, train, sweep, convert, parity, study, report" in capsys.readouterr().err
+    assert (
+        "there are check, collect, prepare, embed, inspect, verify, features, train, sweep, convert, parity, study, report"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

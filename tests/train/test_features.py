@@ -1,5 +1,6 @@
 """Features of a frozen tower in place of pictures: the same policy, the same training, and refused where they would be wrong."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -206,7 +207,8 @@ def test_another_tower_is_refused(on_features):
 
 def test_a_resumed_run_asks_again(on_features, on_pictures, tmp_path):
     """The weights of a run that goes on are in its checkpoints; what is frozen lies in an earlier one."""
-    config = replace(on_features, trained="expert")
+    first_weights = (str(on_pictures.out / "checkpoints" / "step_000000"),)
+    config = replace(on_features, trained="expert", seed=1, pretrained=first_weights)  # other than its seed's
     train(replace(config, stop_at_step=2))
     train(config)
     assert (config.out / "checkpoints" / "step_000004").exists()
@@ -218,8 +220,6 @@ def test_a_resumed_run_asks_again(on_features, on_pictures, tmp_path):
 
 
 def test_another_cache_is_refused(on_features, small_cache, tmp_path):
-    import shutil
-
     other = shutil.copytree(small_cache.path, tmp_path / "cache")
     manifest = (other / "manifest.json").read_text()
     (other / "manifest.json").write_text(manifest.replace('"format_version"', ' "format_version"'))
