@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from small_lerobot import FRONT, WRIST, Recording, write_lerobot
 from tqdm import tqdm
 
 from vlatune.data import cache_writer
@@ -15,6 +16,7 @@ from vlatune.data.cache import Cache, unfinished_path, verify_cache
 from vlatune.data.cache_writer import CacheWriter
 from vlatune.data.episodes import DataError
 from vlatune.data.prepare import PrepareConfig, main, prepare, split_episodes
+from vlatune.data.sources.libero_hdf5 import LiberoHdf5Source
 
 
 def config(demos: Path, out: Path, **changes) -> PrepareConfig:
@@ -259,3 +261,54 @@ def test_split_is_by_task_and_does_not_depend_on_the_other_tasks():
 def test_bad_validation_share():
     with pytest.raises(ValueError, match="validation_share is 1.0; it must be at least 0 and less than 1"):
         PrepareConfig(demos=Path(), out=Path(), validation_share=1.0)
+
+
+def test_a_lerobot_dataset_makes_the_cache_that_its_hdf5_files_make(tmp_path, write_demos):
+    """One suite, recorded as HDF5 and converted as LIBERO's published conversions are: pictures turned by 180 degrees."""
+    write_demos(tmp_path / "demos" / "pick_up_the_red_cube_demo.hdf5", (5, 7, 4))
+    source = LiberoHdf5Source(tmp_path / "demos")
+    episodes = list(map(source.read, source.keys()))
+    for episode in episodes:
+        episode.actions_NA[:, 6] = np.sign(episode.actions_NA[:, 6])  # a gripper is open or closed in them
+    converted = [
+        Recording(
+            instruction=episode.instruction,
+            state_NS=episode.state_NS,
+            actions_NA=episode.actions_NA,
+            pictures={
+                FRONT: episode.pictures("agentview")[:, ::-1, ::-1],
+                WRIST: episode.pictures("eye_in_hand")[:, ::-1, ::-1],
+            },
+        )
+        for episode in episodes
+    ]
+    dataset = write_lerobot(tmp_path / "dataset", converted, version="v3.0", stored_as="image")
+    of_files, of_dataset = (
+        Cache.open(prepare(config(demos, tmp_path / f"cache_{demos.name}"))) for demos in (tmp_path / "demos", dataset)
+    )
+    np.testing.assert_array_equal(of_dataset.state_NS, of_files.state_NS)
+    np.testing.assert_array_equal(of_dataset.actions_NA[:, :6], of_files.actions_NA[:, :6])
+    assert set(of_dataset.episodes["instruction"]) == {"pick up the red cube"}
+    for camera in ("agentview", "eye_in_hand"):
+        np.testing.assert_array_equal(of_dataset.images[camera], of_files.images[camera])
+
+
+def test_the_state_is_the_robot_cards(demos, tmp_path):
+    cache = Cache.open(prepare(config(demos, tmp_path / "cache", robot="libero_panda_joints")))
+    assert cache.robot.name == "libero_panda_joints"
+    with h5py.File(demos / "pick_up_the_blue_cube_demo.hdf5") as file:
+        joints = file["data/demo_0/obs/joint_states"][()]
+    np.testing.assert_allclose(cache.state_NS[: len(joints), :7], joints, rtol=1e-6)
+    assert ((cache.state_NS[:, 7] >= 0) & (cache.state_NS[:, 7] <= 1)).all()
+    with pytest.raises(ValueError, match=r"no robot 'libero_pandas'; did you mean 'libero_panda'\?"):
+        prepare(config(demos, tmp_path / "other", robot="libero_pandas"))
+
+
+def test_idle_frames_are_left_out_on_request(tmp_path, write_demos):
+    path = write_demos(tmp_path / "demos" / "wait_demo.hdf5", (6, 5))
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/actions"][2:4] = file["data/demo_0/actions"][1]
+        file["data/demo_0/actions"][2:4, :6] = 0
+    cache = Cache.open(prepare(config(tmp_path / "demos", tmp_path / "cache", drop_noops=True)))
+    assert list(cache.episodes["length"]) == [4, 5]
+    assert cache.images["agentview"].shape[0] == cache.num_frames == 9
