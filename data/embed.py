@@ -7,7 +7,6 @@ share of the texts; the folder is the same, byte for byte on equal devices.
 Torch and transformers are imported where the work begins: `--help` answers at once.
 """
 
-import errno
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from .episodes import DataError
+from .files import full_disk_said
 from .prompt import PromptStyle
 
 if TYPE_CHECKING:
@@ -92,21 +92,17 @@ def embed(config: EmbedConfig) -> Path:
         return config.out
     if rank > 0 and encoder is None:
         return config.out  # there is nothing to share
-    try:
-        with LanguageWriter(config.out, language_plan(empty, texts), rank=rank, world_size=world_size) as writer:
-            if rank > 0 and config.out.exists():  # no text was undone, and rank 0 has finished meanwhile
-                shutil.rmtree(unfinished_path(config.out), ignore_errors=True)
-                return config.out
-            if encoder is not None:
-                _encode(config, writer, tokenizer, encoder, is_first=rank == 0)
-            if rank == 0:
-                writer.finish(empty.with_texts(texts, None if encoder is None else writer.features()))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"the disk of {config.out} is full; free some space and run the same command again: it continues"
-        ) from error
+    with (
+        full_disk_said(config.out),
+        LanguageWriter(config.out, language_plan(empty, texts), rank=rank, world_size=world_size) as writer,
+    ):
+        if rank > 0 and config.out.exists():  # no text was undone, and rank 0 has finished meanwhile
+            shutil.rmtree(unfinished_path(config.out), ignore_errors=True)
+            return config.out
+        if encoder is not None:
+            _encode(config, writer, tokenizer, encoder, is_first=rank == 0)
+        if rank == 0:
+            writer.finish(empty.with_texts(texts, None if encoder is None else writer.features()))
     return config.out
 
 

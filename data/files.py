@@ -1,11 +1,15 @@
 """Whole files or none, and what is in them: atomic writing and digests."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .episodes import DataError
 
 JsonValue = str | int | float | bool | None | Sequence[Any] | Mapping[str, Any]
 
@@ -26,6 +30,19 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """Around writing what can be continued: a full disk becomes one sentence, a `DataError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"the disk of {path} is full; free some space and run the same command again: it continues"
+        ) from error
 
 
 def json_bytes(value: JsonValue) -> bytes:

@@ -3,7 +3,6 @@
 Torch, pandas and pyarrow are imported where the work begins: `--help` answers at once.
 """
 
-import errno
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from .episodes import DataError, EpisodeSource
+from .files import full_disk_said
 from .images import ImageRule, Orientation, Padding, Resize
 from .noops import without_noops
 from .robots import robot_named
@@ -129,24 +129,20 @@ def prepare(config: PrepareConfig, source: EpisodeSource | None = None) -> Path:
         _check_equal(config, source, settings)
         return config.out
     check_available(config.tokenizer, config.encoder)
-    try:
-        with CacheWriter(
+    with (
+        full_disk_said(config.out),
+        CacheWriter(
             config.out,
             source=fingerprint,
             settings=settings,
             robot=source.robot,
             image_rule=image_rule,
-        ) as writer:
-            _append_episodes(source, writer, drop_noops=config.drop_noops)
-            episodes = writer.written
-            splits = split_episodes([e.task for e in episodes], [e.source for e in episodes], config.validation_share)
-            writer.finish(splits, Language.build([e.instruction for e in episodes], config.tokenizer, config.encoder))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"the disk of {config.out} is full; free some space and run the same command again: it continues"
-        ) from error
+        ) as writer,
+    ):
+        _append_episodes(source, writer, drop_noops=config.drop_noops)
+        episodes = writer.written
+        splits = split_episodes([e.task for e in episodes], [e.source for e in episodes], config.validation_share)
+        writer.finish(splits, Language.build([e.instruction for e in episodes], config.tokenizer, config.encoder))
     return config.out
 
 

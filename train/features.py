@@ -5,7 +5,6 @@ Training reads it with `--vision-features` and never runs the tower. It is large
 Torch and transformers are imported where the work begins: `--help` answers at once.
 """
 
-import errno
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from ..data.episodes import DataError
+from ..data.files import full_disk_said
 
 if TYPE_CHECKING:
     import torch
@@ -77,21 +77,14 @@ def make_features(config: FeaturesConfig) -> Path:
             )
         shutil.rmtree(unfinished_path(config.out), ignore_errors=True)  # a kill between renaming and cleaning up
         return config.out
-    try:
-        with FeatureWriter(config.out, plan) as writer:
-            progress = tqdm(desc="features", unit="frame", total=plan.num_frames, initial=writer.num_done, disable=None)
-            with progress:
-                while writer.num_done < plan.num_frames:
-                    frames = slice(writer.num_done, writer.num_done + config.batch_size)
-                    writer.append({camera: _features(policy, cache, camera, frames, device) for camera in plan.cameras})
-                    progress.update(writer.num_done - progress.n)
-            writer.finish()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"the disk of {config.out} is full; free some space and run the same command again: it continues"
-        ) from error
+    with full_disk_said(config.out), FeatureWriter(config.out, plan) as writer:
+        progress = tqdm(desc="features", unit="frame", total=plan.num_frames, initial=writer.num_done, disable=None)
+        with progress:
+            while writer.num_done < plan.num_frames:
+                frames = slice(writer.num_done, writer.num_done + config.batch_size)
+                writer.append({camera: _features(policy, cache, camera, frames, device) for camera in plan.cameras})
+                progress.update(writer.num_done - progress.n)
+        writer.finish()
     return config.out
 
 
