@@ -480,6 +480,7 @@ def test_chunks_are_judged_once_for_each_number_of_executed_steps(fakes, small_c
 
 @pytest.mark.slow
 @pytest.mark.sim
+@pytest.mark.timeout(1800)  # two minutes on two quiet cores
 def test_objectives_for_real(tmp_path):
     """Demonstrations, cache, two ranks, simulator."""
     settings = ["--num-steps", "2", "--episodes", "1", "--demos", "2"]
