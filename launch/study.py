@@ -1,9 +1,10 @@
 """``vlatune study NAME``: questions that a command answers with a figure, tables and a paragraph, on a CPU in minutes."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from ..data.named import named
 
 STUDIES = {
     "bimodal": (".studies.bimodal", "left-or-right demonstrations: which objectives learn both sides? 10 minutes"),
@@ -30,11 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "vlatune study NAME --help lists a study's settings. Times are those of two CPU cores."
         )
         return
-    if name not in STUDIES:
-        near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no study {name!r}; {hint}There are {', '.join(STUDIES)}")
-    importlib.import_module(STUDIES[name][0], __package__).main(words[1:])
+    module, _ = named("study", name, STUDIES)
+    importlib.import_module(module, __package__).main(words[1:])
 
 
 if __name__ == "__main__":

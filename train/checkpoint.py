@@ -15,6 +15,7 @@ from ..policy.checkpoints.folder import write_policy, write_weights
 from ..policy.checkpoints.layout import COMPLETE, checkpoint_name, complete_checkpoints
 from ..policy.policy import Policy
 from .ema import Ema
+from .engine import is_zero3
 
 FREE_TO_CHANGE = {
     "out",
@@ -60,7 +61,8 @@ def save_checkpoint(
         ema.save(temporary / "trainer", accelerator.process_index)
     policy = accelerator.unwrap_model(model)
     assert isinstance(policy, Policy)
-    weights = accelerator.get_state_dict(model, unwrap=True)  # under ZeRO-3 all ranks gather it
+    # Under ZeRO-3 all ranks gather it; elsewhere every rank has it whole, and Accelerate would copy it once more on each.
+    weights = accelerator.get_state_dict(model) if is_zero3(accelerator) else policy.state_dict()
     if accelerator.is_main_process:
         base = None if base_step is None else final.with_name(checkpoint_name(base_step)) / "model.safetensors"
         write_policy(temporary, policy, weights, language, {**provenance, "step": step}, base=base)

@@ -78,6 +78,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether a rank has only its share of every weight."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: AdamWConfig
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

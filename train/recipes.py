@@ -1,12 +1,12 @@
 """Runs, as functions. A recipe's docstring states hardware, time and the number it must reach; the command line changes
 its values: `vlatune train pocket --num-steps 500`."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.named import named
 from ..policy.backbones.paligemma import PaliGemmaConfig
 from ..policy.backbones.siglip import SiglipConfig
 from ..policy.config import PolicyConfig
@@ -130,8 +130,4 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 def load_recipe(name: str) -> TrainConfig:
     """The recipe called `name`; ValueError with the nearest names if there is none."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no recipe {name!r}; {hint}There are: {', '.join(sorted(RECIPES))}")
-    return RECIPES[name]()
+    return named("recipe", name, RECIPES)()
