@@ -30,6 +30,20 @@ class Prompts:
     embedding_BLE: Tensor | None = None
     """float32, the text encoder's output for the same tokens, where the policy reads it."""
 
+    def to(self, device: torch.device | str) -> Self:
+        moved: Self = _moved(self, device)
+        return moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenConditions:
+    """What training keeps from a policy beside what an `Observation` can leave out by itself; `Policy.prefix` obeys."""
+
+    control_hz_B: Tensor
+    """bool; True where the control frequency is 0, which stands for an unknown one."""
+    action_mask_B: Tensor
+    """bool; True where no entry of the action's vector counts as one that the robot has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -44,6 +58,8 @@ class Observation:
     prompts: Prompts
     features: Mapping[str, Tensor] | None = None
     """camera -> (B, T, N, D), what the policy's frozen vision tower makes of that picture, and stands in for it: `images` is then empty."""
+    hidden: HiddenConditions | None = None
+    """Drawn in training (`condition_dropout.py`); None: nothing is hidden."""
 
     def to(self, device: torch.device | str) -> Self:
         moved: Self = _moved(self, device)

@@ -84,9 +84,10 @@ def embed(config: EmbedConfig) -> Path:
     from .language_writer import LanguageWriter, language_plan
 
     rank, world_size = launched_as()
-    texts = instructions_of(config)
-    tokenizer, encoder = _build(config, texts, show_progress=rank == 0)
+    instructions = instructions_of(config)
+    tokenizer, encoder = _build(config, instructions, show_progress=rank == 0)
     empty = Language(tokenizer, encoder, {})
+    texts = empty.texts_to_keep(instructions)
     if config.out.exists():
         _check_equal(config, empty, texts)
         return config.out
@@ -184,7 +185,7 @@ def _check_equal(config: EmbedConfig, empty: "Language", texts: Sequence[str]) -
     if not (config.out / "language.json").is_file():
         raise DataError(f"{config.out} is there already and is not a language; give another --out")
     there = Language.load(config.out)
-    old, new = language_plan(there, there.known_texts), language_plan(empty, texts)
+    old, new = language_plan(there, there.table_texts), language_plan(empty, texts)
     for plan in (old, new):
         plan["identity"]["encoder"] = {k: v for k, v in (plan["identity"]["encoder"] or {}).items() if k != "device"}
     changes = plan_differences(old, new)

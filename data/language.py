@@ -5,7 +5,8 @@ part of the cache, or stands beside it (`embed.py`), and is copied into every ch
 a network. New texts are tokenised as they come.
 
     language.json        the identity of tokenizer and encoder, the texts, and the table's checksum
-    table.safetensors    every text's ids and features
+    table.safetensors    every text's ids and features; with an encoder also those of the empty text, which stands for an instruction
+                         that training hides (`condition_dropout.py`)
     tokenizer.model      or tokenizer/: the tokenizer, unless the hub has it
 
 Shape letters: B batch, L tokens, E encoder width.
@@ -31,6 +32,8 @@ from .text_encoder import TextEncoder, build_encoder, load_encoder
 from .tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+EMPTY_TEXT = ""
+"""No instruction is blank, so that it can stand for one that training hides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,9 @@ class Language:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._table = dict(table)
-        self.known_texts: tuple[str, ...] = tuple(table)
+        self.table_texts: tuple[str, ...] = tuple(table)
+        self.known_texts: tuple[str, ...] = tuple(text for text in table if text != EMPTY_TEXT)
+        """The instructions in it."""
 
     @classmethod
     def build(cls, texts: Sequence[str], tokenizer: str = "trained", encoder: str = "seeded-t5") -> Self:
@@ -78,7 +83,14 @@ class Language:
         language = cls(ids, features, {})
         if features is None:
             return language.with_texts(distinct)
-        return language.with_texts(distinct, features.encode_each([ids.encode(text) for text in distinct]))
+        texts = language.texts_to_keep(distinct)
+        return language.with_texts(texts, features.encode_each([ids.encode(text) for text in texts]))
+
+    def texts_to_keep(self, instructions: Sequence[str]) -> list[str]:
+        """What its table is to hold: with an encoder the empty text, too, if that has a token (as T5's end of text) to be encoded."""
+        if self._encoder is None or not self._tokenizer.encode(EMPTY_TEXT):
+            return list(instructions)
+        return [*instructions, EMPTY_TEXT]
 
     def with_texts(self, texts: Sequence[str], embeddings: Iterable[Tensor] | None = None) -> Self:
         """The same tokenizer and encoder with these texts as its table. `embeddings`: (L, E) each, what the encoder gives for them; None
@@ -148,6 +160,33 @@ class Language:
                 f"{again.replace(f'--compact {self._tokenizer.style}', f'--compact {prompt}')}"
             )
 
+    @property
+    def empty_text(self) -> Prompts | None:
+        """Tokens and features of the empty text, one row and unpadded; None where the table lacks it: it has no encoder, or is older."""
+        entry = self._table.get(EMPTY_TEXT)
+        if entry is None or entry.embedding_LE is None:
+            return None
+        return Prompts(
+            ids_BL=entry.ids_L[None],
+            mask_BL=torch.ones(1, len(entry.ids_L), dtype=torch.bool),
+            embedding_BLE=entry.embedding_LE.float()[None],
+        )
+
+    def check_has_empty_text(self, *, folder: Path, cache: Path) -> None:
+        """Raises `DataError` if there is an encoder, and the table (that of `folder`, for `cache`) lacks the empty text's features."""
+        if self._encoder is None or self.empty_text is not None:
+            return
+        if not self.texts_to_keep(()):
+            raise DataError(
+                f"the tokenizer of {folder} makes no token of an empty text, so that nothing can stand for a hidden instruction; type vlatune "
+                f"embed {cache} with a T5 as --tokenizer and --encoder, or set conditions.dropout to 0"
+            )
+        raise DataError(
+            f"the language {folder} was made before the features of the empty text were kept, which stand for a hidden instruction; type "
+            f"vlatune embed {cache} --out LANGUAGE {self._options()} and train with --language LANGUAGE, delete the cache and "
+            "prepare it again, or set conditions.dropout to 0"
+        )
+
     def _options(self) -> str:
         """What `vlatune embed` was told."""
         tokenizer, options = self.identity["tokenizer"], ""
@@ -203,7 +242,7 @@ class Language:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(folder)
-        known = [self._table[text] for text in self.known_texts]
+        known = [self._table[text] for text in self.table_texts]
         tensors = {"ids": torch.cat([torch.empty(0, dtype=torch.int64), *(entry.ids_L for entry in known)])}
         if self._encoder is not None and known:
             tensors["embeddings"] = torch.cat([e.embedding_LE for e in known if e.embedding_LE is not None])
@@ -213,8 +252,8 @@ class Language:
             "format_version": FORMAT_VERSION,
             "identity": self.identity,
             "texts": [
-                {"text": text, "num_tokens": num_tokens}
-                for text, num_tokens in zip(self.known_texts, self.num_tokens, strict=True)
+                {"text": text, "num_tokens": len(entry.ids_L)}
+                for text, entry in zip(self.table_texts, known, strict=True)
             ],
             "table_sha256": hashlib.sha256(table).hexdigest(),
         }
@@ -255,6 +294,8 @@ class Language:
             raise DataError(f"the language in {folder} is damaged ({error!r}); copy the whole folder again") from error
 
     def _entry(self, text: str, *, embedded: bool) -> Entry:
+        if not text.strip():
+            raise DataError("an instruction is blank; give a text")
         entry = self._table.get(text)
         if entry is None:
             entry = self._tokenised(text)
@@ -265,6 +306,4 @@ class Language:
         return entry
 
     def _tokenised(self, text: str) -> Entry:
-        if not text.strip():
-            raise DataError("an instruction is blank; give a text")
         return Entry(ids_L=torch.from_numpy(np.array(self._tokenizer.encode(text), np.int64)), embedding_LE=None)

@@ -24,7 +24,7 @@ from .cache import unfinished_path
 from .cache_writer import differences
 from .episodes import DataError
 from .files import json_bytes, write_whole
-from .language import Language
+from .language import EMPTY_TEXT, Language
 
 POLL_S = 0.1
 LOCK_TRIES = 20
@@ -148,8 +148,15 @@ def language_plan(language: Language, texts: Sequence[str]) -> dict[str, Any]:
 def plan_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """For a person; empty if there are none."""
     return differences(
-        dict.fromkeys(old["texts"], ""), _flat(old["identity"]), dict.fromkeys(new["texts"], ""), _flat(new["identity"])
+        dict.fromkeys(map(_said, old["texts"]), ""),
+        _flat(old["identity"]),
+        dict.fromkeys(map(_said, new["texts"]), ""),
+        _flat(new["identity"]),
     )
+
+
+def _said(text: str) -> str:
+    return "the empty text" if text == EMPTY_TEXT else text
 
 
 def _flat(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

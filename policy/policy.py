@@ -98,12 +98,12 @@ class Policy(nn.Module):
         state_BTS = self.state_layout(self.state_normaliser(observation.state_BTS))
         prefix: Prefix = self.backbone(observation, state_BTS)
         batch = state_BTS.shape[0]
-        return replace(
-            prefix,
-            state_BTS=state_BTS,
-            action_mask_BA=self._used_entries().expand(batch, -1),
-            control_hz_B=torch.full((batch,), self.embodiment.control_hz, device=state_BTS.device),
-        )
+        action_mask_BA = self._used_entries().expand(batch, -1)
+        control_hz_B = torch.full((batch,), self.embodiment.control_hz, device=state_BTS.device)
+        if observation.hidden is not None:
+            action_mask_BA = action_mask_BA & ~observation.hidden.action_mask_B[:, None]
+            control_hz_B = control_hz_B.masked_fill(observation.hidden.control_hz_B, 0)
+        return replace(prefix, state_BTS=state_BTS, action_mask_BA=action_mask_BA, control_hz_B=control_hz_B)
 
     def bind(self, observation: Observation) -> BoundExpert:
         """The expert, bound to the encoded observation; it can then be called for any noise."""

@@ -148,7 +148,7 @@ def test_a_killed_one_continues_with_the_texts_that_are_undone(config, monkeypat
     each = PretrainedT5.encode_each
     monkeypatch.setattr(PretrainedT5, "encode_each", lambda self, texts: encoded.extend(texts) or each(self, texts))
     assert same_bytes(embed(config()), whole)
-    assert len(encoded) == 4
+    assert len(encoded) == 5  # of seven instructions and the empty text
     assert not work.exists()
 
 
@@ -207,7 +207,7 @@ def test_ranks_one_after_another_give_the_same_bytes(config, monkeypatch, world_
         assert not config().out.exists()
     as_rank(monkeypatch, 0, world_size)
     assert same_bytes(embed(config()), whole)
-    assert sum(encoded) == 7  # more ranks than texts: some have nothing to do
+    assert sum(encoded) == 8  # more ranks than texts: some have nothing to do
     as_rank(monkeypatch, 1, world_size)  # and one that comes late finds it done
     embed(config())
     assert not unfinished_path(config().out).exists()
@@ -266,7 +266,7 @@ def test_a_rank_that_died_is_named(config, monkeypatch, dies):
     thread.start()
     at_work.wait() if dies == "while rank 0 waits" else thread.join()
     try:
-        with pytest.raises(DataError, match="rank 1 of 2 ended and left 2 texts undone, the first is .* it continues"):
+        with pytest.raises(DataError, match="rank 1 of 2 ended and left 3 texts undone, the first is .* it continues"):
             embed(config(patience_s=30))
     finally:
         thread.join()
@@ -281,7 +281,7 @@ def test_a_rank_that_was_killed_in_an_earlier_launch_is_waited_for(config, monke
             embed(config())
     monkeypatch.setattr(embed_module, "LAUNCHED_AT", time.time() + 1)
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(DataError, match="2 texts are undone and for 0 s no rank has done any"):
+    with pytest.raises(DataError, match="3 texts are undone and for 0 s no rank has done any"):
         embed(config(patience_s=0.3))
     as_rank(monkeypatch, 0, 1)
     assert same_bytes(embed(config()), whole)
@@ -289,7 +289,7 @@ def test_a_rank_that_was_killed_in_an_earlier_launch_is_waited_for(config, monke
 
 def test_a_rank_that_never_comes(config, monkeypatch):
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(DataError, match="3 texts are undone and for 0 s no rank has done any; .*--patience-s"):
+    with pytest.raises(DataError, match="4 texts are undone and for 0 s no rank has done any; .*--patience-s"):
         embed(config(patience_s=0.3))
 
 

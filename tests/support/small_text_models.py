@@ -1,6 +1,7 @@
 """Tokenizers and text encoders as the hub has them, tiny and with random weights."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,3 +64,16 @@ def write_gemma_model(file: Path, texts: Sequence[str]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(model.getvalue())
     return file
+
+
+def without_empty_text(folder: Path) -> Path:
+    """A language's folder as it was before the empty text was kept; changes it in place."""
+    from safetensors.torch import load, save
+
+    index = json.loads((folder / "language.json").read_text())
+    assert index["texts"].pop() == {"text": "", "num_tokens": 1}
+    del index["table_sha256"]
+    table = folder / "table.safetensors"
+    table.write_bytes(save({name: tensor[:-1].clone() for name, tensor in load(table.read_bytes()).items()}))
+    (folder / "language.json").write_text(json.dumps(index))
+    return folder
