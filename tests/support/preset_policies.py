@@ -12,8 +12,10 @@ from vlatune.data.robots import LIBERO_PANDA, robot_named
 from vlatune.data.robots.card import RobotCard
 from vlatune.policy.backbones.paligemma import PaliGemmaConfig
 from vlatune.policy.backbones.siglip import SiglipConfig
+from vlatune.policy.backbones.smolvlm import SmolVLMConfig
 from vlatune.policy.config import Embodiment, PolicyConfig
 from vlatune.policy.experts.gemma import GemmaExpertConfig
+from vlatune.policy.experts.smolvla import SmolVLAExpertConfig
 from vlatune.policy.layers.decoder import DecoderConfig
 from vlatune.policy.policy import Policy
 from vlatune.policy.presets import PRESETS
@@ -90,6 +92,25 @@ def make_small_pi05() -> Policy:
     torch.manual_seed(0)
     embodiment = dataclasses.replace(embodiment_for(config), cameras=(*CAMERAS, "absent"))
     return Policy(config, embodiment, Statistics(state=statistics(8), actions=statistics(7)))
+
+
+def make_small_smolvla() -> Policy:
+    """SmolVLA in the full model's proportions: a quarter of its widths and of its depth, images of 512 pixels and so 64 tokens a
+    camera, a chunk of 50; cross- and self-attention layers in turn. What benchmarks measure ratios on."""
+    text = DecoderConfig(
+        family="llama", width=240, depth=4, mlp_dim=640, num_heads=15, num_kv_heads=5, head_dim=16, norm_eps=1e-5
+    )
+    vision = SiglipConfig(image_px=512, patch_px=16, width=192, mlp_dim=768, depth=3, num_heads=12)
+    config = dataclasses.replace(
+        PRESETS["smolvla"](),
+        backbone=SmolVLMConfig(vision=vision, text=text, vocab_size=None),
+        expert=SmolVLAExpertConfig(decoder=dataclasses.replace(text, width=180, mlp_dim=512)),
+    )
+    torch.manual_seed(0)
+    embodiment = dataclasses.replace(embodiment_for(config), cameras=(*CAMERAS, "absent"))
+    return Policy(
+        config, embodiment, Statistics(state=statistics(embodiment.state_dim), actions=statistics(ACTION_DIM))
+    )
 
 
 def make_batch(config: PolicyConfig, batch: int = 3, seed: int = 0) -> Batch:
