@@ -29,6 +29,7 @@ setup(
         "transformers>=5.5",  # SigLIP and T5; 5.x module names
         "diffusers>=0.32",  # schedulers of DDIM and DPM-Solver++
         "peft>=0.17",
+        "psutil>=5.9",  # passes a grid's signals on to the ranks of its runs
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "h5py>=3.10",
@@ -57,6 +58,7 @@ setup(
             "opencv-python-headless",  # robosuite's
             "termcolor",  # robosuite's, though it does not say so
         ],
+        "wandb": ["wandb>=0.19"],  # `vlatune train --wandb`; TensorBoard is there without
         "dev": [
             "pytest>=8",
             "pytest-timeout",

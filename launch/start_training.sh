@@ -20,7 +20,12 @@ devices=$(python -c 'import torch; print(torch.cuda.device_count())')
 launcher=(deepspeed --log_level warning)
 if [ "$devices" -gt 0 ]; then
   ranks=${NUM_GPUS:-$devices}
-  launcher+=(--num_gpus "$ranks")
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ -z "${HOSTFILE:-}" ] && [ "${SLURM_NNODES:-1}" -eq 1 ]; then
+    # Beside --num_gpus the launcher would ignore that variable, and take the machine's first ones.
+    launcher+=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+  else
+    launcher+=(--num_gpus "$ranks")
+  fi
 else
   cores=$(env -u OMP_NUM_THREADS nproc) # which otherwise answers with that variable
   ranks=$((cores < 2 ? 1 : 2))

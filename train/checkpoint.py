@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from ..data.episodes import DataError
 from ..policy.checkpoints.folder import write_policy, write_weights
 from ..policy.checkpoints.layout import COMPLETE, checkpoint_name, complete_checkpoints
 from ..policy.policy import Policy
+from .config import TrainConfig
 from .ema import Ema
 from .engine import is_zero3
 
+DISCARDED = "trainer.discarded"
+"""A checkpoint's trainer state while it is deleted."""
+
 FREE_TO_CHANGE = {
+    "activation_checkpointing",
     "out",
     "cache",
     "more_caches",
@@ -30,6 +36,8 @@ FREE_TO_CHANGE = {
     "log_every",
     "validate_every",
     "num_validation_batches",
+    "hub",
+    "wandb",
 }
 """Fields that do not alter what a run computes; caches are compared by their content instead of their path."""
 
@@ -52,7 +60,8 @@ def save_checkpoint(
     final = run / "checkpoints" / checkpoint_name(step)
     temporary = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in final.parent.glob(".*.partial"):  # what a kill left behind
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary / "trainer"))
@@ -75,10 +84,13 @@ def save_checkpoint(
     if accelerator.is_main_process:
         (temporary / COMPLETE).write_text(f"step {step}\n")
         _flush_to_disk(temporary)
+        (final / COMPLETE).unlink(missing_ok=True)  # first: half of it must not look whole
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for _, older in resumable_checkpoints(run)[:-num_trainer_states]:
-            shutil.rmtree(older / "trainer")
+            (older / "trainer").rename(older / DISCARDED)  # at once: half of it is never resumed from
+        for discarded in final.parent.glob(f"*/{DISCARDED}"):
+            shutil.rmtree(discarded)
     accelerator.wait_for_everyone()
 
 
@@ -119,12 +131,27 @@ def refuse_other_settings(run: Path, config: Mapping[str, Any]) -> None:
     path = run / "config.json"
     if not path.exists():
         return
-    differing = _differences(json.loads(path.read_text()), json.loads(json.dumps(config)), "")
+    # What the run's version of vlatune had no setting for, it did as the default says.
+    old = {name: value for name, value in _defaults().items() if name in config} | json.loads(path.read_text())
+    differing = _differences(old, json.loads(json.dumps(config)), "")
     if differing:
         raise DataError(
             f"{run} holds a run with other settings: {'; '.join(differing[:3])}. "
             "Type --out with a new folder, or the old values to resume"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """Of `TrainConfig`'s own settings, as config.json has them."""
+    defaults: dict[str, Any] = {}
+    for field in fields(TrainConfig):
+        if field.default is not MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+            defaults[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    found: dict[str, Any] = json.loads(json.dumps(defaults, default=str))
+    return found
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:

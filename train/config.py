@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.augment import AugmentConfig
+from ..data.condition_dropout import ConditionsConfig
+from ..data.windows import STATELESS_STYLES
 from ..policy.config import PolicyConfig
 from ..policy.lora import LoraConfig
 from ..policy.objectives import ObjectiveConfig
+from .blocks import Part
 from .ema import EmaConfig
+from .hub import HubConfig
 from .trainable import Trained
 
 Engine = Literal["zero1", "zero2", "zero2_offload", "zero3", "plain"]
@@ -72,6 +76,21 @@ class PlannedStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationCheckpointingConfig:
+    """Blocks that forget what they computed in the forward pass and compute it again in the backward pass: about a third more work
+    for a fraction of the memory. The results are the same bit for bit."""
+
+    parts: tuple[Part, ...] = ()
+    """Whose blocks: the vision tower's, the language model's, the expert's; none: all activations are kept."""
+    every: int = 1
+    """Of their blocks, every so-manieth: 2 keeps the activations of every other block."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"activation_checkpointing.every is {self.every}; it must be at least 1 (every block)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -90,6 +109,8 @@ class TrainConfig:
     """The same of `more_caches`, one each."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training pictures, made on the device."""
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
+    """What training hides from the policy, and noise on its state."""
     out: Path
     """The run's folder; a run found there is resumed."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -117,6 +138,9 @@ class TrainConfig:
     """DeepSpeed with ds_configs/<engine>.json, or plain: no DeepSpeed (one process, or DDP)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations in training; auto is bf16 on a GPU and fp32 on a CPU. ZeRO's masters are float32 always."""
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    compile: bool = False
+    """Compile the blocks of towers, language model and expert, each kind once, with torch.compile; the first steps take minutes longer."""
     checkpoint_every: int = 5000
     """Optimizer steps between checkpoints; the untrained policy and the last step are always saved."""
     num_trainer_states: int = 1
@@ -127,8 +151,13 @@ class TrainConfig:
     """Batches that a validation loss is the mean of."""
     log_every: int = 10
     """Optimizer steps between rows of metrics.csv."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets TensorBoard's numbers, too; none: no project."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Where checkpoints are pushed to while the run goes on."""
     overfit_batches: int | None = None
-    """Train on the first so many batches over and over: the first thing to try on new data. The loss must go to nearly nothing."""
+    """Train on the first so many batches over and over: the first thing to try on new data. The loss must go to nearly nothing, and
+    what is otherwise measured on validation episodes is measured on these batches."""
     seed: int = 0
     """Of initial weights, sample order and noise."""
 
@@ -153,6 +182,16 @@ class TrainConfig:
             raise ValueError(
                 "vision_features stand in for pictures, which augmentation would change at every step; leave vision_features out, or switch "
                 "all of augment off"
+            )
+        if self.conditions.dropout and not self.policy.backbone.reads_embeddings:
+            raise ValueError(
+                f"conditions.dropout is {self.conditions.dropout}, and the backbone {self.policy.backbone.type!r} reads token ids, while a "
+                "hidden instruction is the text features of the empty text, which RDT reads; set it to 0"
+            )
+        if self.conditions.state_noise_db is not None and self.policy.prompt not in STATELESS_STYLES:
+            raise ValueError(
+                f"conditions.state_noise_db is {self.conditions.state_noise_db}, and policy.prompt {self.policy.prompt!r} spells the state out "
+                "in words, which would have no noise; leave it out"
             )
         if self.ema.decay and self.engine == "zero3":
             raise ValueError(

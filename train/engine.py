@@ -1,5 +1,6 @@
 """The Accelerator: DeepSpeed through Accelerate's plugin, or plain."""
 
+import importlib
 import importlib.resources
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor
 
 from ..policy.objectives.objective import Loss
@@ -56,7 +57,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # What DeepSpeed compiles belongs to this environment: environments that share one folder rebuild it in turns.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     plugin = None
+    # Gradients lie in DDP's buckets, which would otherwise be another copy of them; buffers are the same on all ranks.
+    handlers: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    ]
     if config.engine != "plain":
+        if not on_gpu:
+            _without_shared_memory_collective()
         # Without a launcher DeepSpeed still wants to know the address of its group of one.
         for name, value in {
             "RANK": "0",
@@ -67,15 +74,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         }.items():
             os.environ.setdefault(name, value)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, world_size()))
+        # Accelerate does not choose gloo by itself under DeepSpeed: every rank would believe to be alone.
+        handlers = [] if on_gpu else [InitProcessGroupKwargs(backend="gloo")]
     return Accelerator(
         mixed_precision="bf16" if resolve_precision(config) == "bf16" else "no",
         gradient_accumulation_steps=config.num_accumulation_steps,
         deepspeed_plugin=plugin,
         step_scheduler_with_optimizer=False,
         cpu=plugin is None and not on_gpu,
-        # Accelerate does not choose gloo by itself under DeepSpeed: every rank would believe to be alone.
-        kwargs_handlers=None if on_gpu or plugin is None else [InitProcessGroupKwargs(backend="gloo")],
+        kwargs_handlers=handlers,
     )
+
+
+def _without_shared_memory_collective() -> None:
+    """DeepSpeed compiles one for CPUs and uses it in inference alone. Training would wait a minute for the compiler, for ever where a
+    kill left the compiler's lock behind, and leave 66 MB of /dev/shm behind per rank and start."""
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # in an import statement this name is torch itself
+    backend.build_shm_op = lambda: None
 
 
 def is_zero3(accelerator: Accelerator) -> bool:

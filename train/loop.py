@@ -11,16 +11,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.augment import AugmentConfig, augment
+from ..data.augment import augment
 from ..data.batch import Batch
+from ..data.condition_dropout import harden
 from ..policy.objectives.draws import DrawKeys
 from ..policy.policy import Policy
+from .blocks import transform_blocks
 from .checkpoint import load_trainer_state, save_checkpoint
 from .config import PlannedStage, TrainConfig
 from .ema import Ema
 from .engine import clip_gradients, mean_over_ranks, prepare, resolve_precision
 from .finite import FiniteGuard
+from .hub import HubPush
 from .optim import learning_rate_at, make_optimizer
+from .speed import Speed
 from .tracking import Tracker
 from .training_data import TrainingData
 from .validation import validate
@@ -37,10 +41,12 @@ def train_stage(
     step: int,
     *,
     trainer_state: Path | None,
+    hub: HubPush | None = None,
 ) -> int:
     """Train `policy` from optimizer step `step` of the run; returns the last finished one: the stage's last, or where somebody
     asked to stop. All ranks call it. `trainer_state` is the checkpoint to go on from."""
     stage = planned.stage
+    transform_blocks(policy, config.activation_checkpointing, compiled=config.compile)
     model, optimizer = prepare(accelerator, policy, make_optimizer(policy, stage.optimizer), stage.optimizer)
     ema = Ema(model, config.ema) if config.ema.decay else None
     last_step = min(planned.last_step, config.stop_at_step or planned.last_step)
@@ -59,6 +65,8 @@ def train_stage(
             num_trainer_states=config.num_trainer_states,
             base_step=None if is_whole else planned.first_step,
         )
+        if hub is not None:
+            hub.push(finished)
 
     if trainer_state is not None:
         load_trainer_state(accelerator, ema, trainer_state)
@@ -73,6 +81,7 @@ def train_stage(
 
     batches = timed(data.batches(step, accelerator.device))
     window, guard = Window(accelerator), FiniteGuard(accelerator)
+    speed: Speed | None = None
     while step < last_step:
         rate = learning_rate_at(step - planned.first_step, stage.num_steps, stage.optimizer)
         for group in optimizer.param_groups:
@@ -82,7 +91,7 @@ def train_stage(
         for (batch, waited_s), share in zip(micro_batches, shares, strict=True):
             with accelerator.accumulate(model):
                 keys = DrawKeys(seed=config.seed, step=step, sample_index_B=batch.sample_index_B)
-                unreduced = model(seen_in_training(batch, keys, config.augment, accelerator, policy), keys)
+                unreduced = model(seen_in_training(batch, keys, config, accelerator, policy, data), keys)
                 loss = mean_over_ranks(accelerator, unreduced) * share
                 accelerator.backward(loss)
                 grad_norm = clip_gradients(accelerator, model, config.engine, stage.optimizer)
@@ -105,6 +114,9 @@ def train_stage(
             last_step, is_saved = step, True
         values = window.values(config.batch_size / config.num_accumulation_steps)
         values |= {"grad_norm": float(grad_norm), "learning_rate": rate}
+        if tracker is not None:
+            speed = speed or Speed(accelerator, policy, batch)
+            values |= speed.values(values["samples_per_s"])
         if data.validation is not None and (step % config.validate_every == 0 or step == planned.last_step):
             values |= validate(accelerator, model, data.validation, config, data.action_names)
         if tracker is not None:
@@ -133,17 +145,26 @@ class Interruption:
 
 
 def seen_in_training(
-    batch: Batch, keys: DrawKeys, config: AugmentConfig, accelerator: Accelerator, policy: Policy
+    batch: Batch, keys: DrawKeys, config: TrainConfig, accelerator: Accelerator, policy: Policy, data: TrainingData
 ) -> Batch:
-    """On the device, with the pictures changed as the config asks."""
+    """On the device, with the pictures changed and conditions hidden as the config asks."""
     batch = batch.to(accelerator.device)
     observation = augment(
         batch.observation,
-        config,
+        config.augment,
         seed=keys.seed,
         step=keys.step,
         sample_index_B=keys.sample_index_B,
         background=policy.embodiment.image_rule.background,
+    )
+    observation = harden(
+        observation,
+        config.conditions,
+        state=data.statistics.state,
+        empty_text=data.empty_text,
+        seed=keys.seed,
+        step=keys.step,
+        sample_index_B=keys.sample_index_B,
     )
     return replace(batch, observation=observation)
 

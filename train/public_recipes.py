@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..data.condition_dropout import ConditionsConfig
 from ..policy import presets
 from ..policy.experts.pooling import PoolingKind
 from ..policy.experts.unet import UNetExpertConfig
@@ -14,12 +15,13 @@ from ..policy.objectives.flow import Flow
 from ..policy.objectives.one_step import OneStep
 from ..policy.objectives.regression import Regression
 from ..policy.objectives.rs_imle import RSIMLE
-from .config import AdamWConfig, Stage, TrainConfig
+from .config import ActivationCheckpointingConfig, AdamWConfig, Stage, TrainConfig
 from .ema import EmaConfig
 
 
 def pi05() -> TrainConfig:
-    """π0.5 on LIBERO as openpi trains it: all of its 3.35 B parameters, batch 256, chunks of 10. Eight GPUs of 80 GB.
+    """π0.5 on LIBERO as openpi trains it: all of its 3.35 B parameters, batch 256, chunks of 10. Eight GPUs of 80 GB, by `vlatune plan`'s
+    estimate with 15 GB to spare; half of the language model's blocks are computed twice for that.
 
     Cache: --tokenizer google/paligemma-3b-pt-224 --encoder none --image-px 224. Not yet measured here."""
     return TrainConfig(
@@ -33,6 +35,7 @@ def pi05() -> TrainConfig:
         num_steps=30_000,
         batch_size=256,
         ema=EmaConfig(decay=0.999),
+        activation_checkpointing=ActivationCheckpointingConfig(parts=("language_model",), every=2),
     )
 
 
@@ -134,12 +137,15 @@ def _smolvla_expert(name: str, objective: ObjectiveConfig) -> TrainConfig:
 def rdt() -> TrainConfig:
     """RDT-1B's 1.23 B parameters behind a frozen SigLIP, batch 256, chunks of 64. Eight GPUs of 80 GB.
 
+    As its authors train it, each condition is hidden from a tenth of the samples, the state has noise of 40 dB, and the average's warm-up
+    has power 0.75; none of their changes to pictures is made (their magnitudes: `RDT` in data/augment.py).
     Cache: --robot libero_panda_joints_fingers --tokenizer google/t5-v1_1-xxl --encoder google/t5-v1_1-xxl --image-px 384
     --background 127 127 127 --resize pil_bicubic. Not yet measured here."""
     return TrainConfig(
         cache=Path("cache"),
         out=Path("runs/rdt"),
         policy=presets.rdt(),
+        conditions=ConditionsConfig(dropout=0.1, state_noise_db=40.0),
         pretrained=("robotics-diffusion-transformer/rdt-1b", "google/siglip-so400m-patch14-384"),
         optimizer=AdamWConfig(
             learning_rate=1e-4, final_learning_rate=1e-4, num_warmup_steps=500, betas=(0.9, 0.999), weight_decay=1e-2
@@ -147,12 +153,15 @@ def rdt() -> TrainConfig:
         num_steps=200_000,
         batch_size=256,
         ema=EmaConfig(decay=0.9999, power=0.75),
+        activation_checkpointing=ActivationCheckpointingConfig(parts=("expert",)),
     )
 
 
 def rdt_lora() -> TrainConfig:
-    """RDT-1B by LoRA on its attention (rank 16; `--lora.rank 8` and 32 are the other two that were reported). One GPU of 80 GB. Cache as
-    for rdt. Not yet measured here; a saturation near 20 % was reported where full fine-tuning reached 76 to 94 %."""
+    """RDT-1B by LoRA on its attention (rank 16; `--lora.rank 8` and 32 are the other two that were reported). One GPU of 80 GB.
+
+    Conditions, noise, average and cache as for rdt. Not yet measured here; a saturation near 20 % was reported where full fine-tuning
+    reached 76 to 94 %."""
     return replace(
         rdt(),
         out=Path("runs/rdt_lora"),
@@ -160,7 +169,6 @@ def rdt_lora() -> TrainConfig:
         lora=LoraConfig(backbone="none", expert="attention", rank=16),
         num_steps=50_000,
         batch_size=32,
-        ema=EmaConfig(),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..data.batch import Batch
+from ..data.batch import Batch, Prompts
 from ..data.cache import Cache
 from ..data.loader import ChunkLoader, Loader, LoaderConfig
 from ..data.mixture import MixtureLoader, mixture_statistics
@@ -41,6 +41,8 @@ class TrainingData:
         first.language.check_covers(
             first.episodes["instruction"], prompt=policy.prompt, folder=first.language_path, cache=first.path
         )
+        if config.conditions.dropout:
+            first.language.check_has_empty_text(folder=first.language_path, cache=first.path)
         loader_config = LoaderConfig(
             batch_size=config.micro_batch_size(world_size),
             horizon=policy.horizon,
@@ -61,7 +63,10 @@ class TrainingData:
 
     @cached_property
     def validation(self) -> Loader | None:
-        """Of the validation episodes, in smaller batches where there are few; None where the caches keep none."""
+        """Of the validation episodes, in smaller batches where there are few; None where the caches keep none. With `overfit_batches` what
+        is trained on: there it is to be seen whether a policy can learn its data at all."""
+        if self.config.overfit_batches is not None:
+            return self.loader
         num_frames = [
             int(cache.episodes.loc[cache.episodes["split"] == "validation", "length"].sum()) for cache in self.caches
         ]
@@ -117,6 +122,11 @@ class TrainingData:
     def kept_ids(self) -> tuple[int, ...] | None:
         """Which rows of the public tokenizer's table the policy's table has; None: all."""
         return self.caches[0].language.kept_ids
+
+    @property
+    def empty_text(self) -> Prompts | None:
+        """What stands for an instruction that training hides; None where the language has no features of it."""
+        return self.caches[0].language.empty_text
 
     @property
     def action_names(self) -> tuple[str, ...]:

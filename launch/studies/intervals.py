@@ -42,13 +42,3 @@ def rate_over_seeds(successes: Sequence[int], trials: Sequence[int]) -> Interval
     if len(pairs) > 1:
         low, high = min(low, over_runs.low), max(high, over_runs.high)
     return Interval(over_runs.mean, max(0.0, low), min(1.0, high))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment for several tests, in the order given: the largest p that still respects the rank of each."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, k in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
-        adjusted[k] = largest
-    return adjusted

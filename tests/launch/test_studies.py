@@ -19,7 +19,7 @@ from vlatune.data.episodes import DataError
 from vlatune.eval.statistics import wilson
 from vlatune.launch import study
 from vlatune.launch.studies import bimodal, chunk, objective, pocket, steps, two_ways
-from vlatune.launch.studies.intervals import holm, mean_over_seeds, rate_over_seeds
+from vlatune.launch.studies.intervals import mean_over_seeds, rate_over_seeds
 from vlatune.launch.studies.methods import METHODS
 from vlatune.launch.studies.path_scores import PathScores, score
 from vlatune.launch.studies.pocket_run import NUM_DRAWS, PocketRun
@@ -125,12 +125,6 @@ def test_interval_of_a_rate_is_never_without_width():
     assert rate_over_seeds([30], [100])[1:] == pytest.approx(wilson(30, 100))
     assert rate_over_seeds([1, 0], [2, 0])[0] == 0.5, "a run without a trial says nothing"
     assert math.isnan(rate_over_seeds([0], [0])[0])
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_numbers_as_words():

@@ -39,6 +39,9 @@ def test_a_few_batches_over_and_over(tiny):
     train(config)
     losses = [float(row["loss"]) for row in rows(config.out)]
     assert losses[-1] < 0.5 * losses[0]
+    # Measured on the same batch, with other noise: not on episodes that the policy was kept from.
+    assert float(rows(config.out)[-1]["validation_loss"]) < 0.5 * losses[0]
+    assert 0 < float(rows(config.out)[-1]["action_mse"]) < 0.5
 
 
 def test_held_out_actions_are_measured(tiny, small_cache):
@@ -49,6 +52,18 @@ def test_held_out_actions_are_measured(tiny, small_cache):
     assert all(error > 0 for error in errors)
     assert float(last["action_error"]) == pytest.approx(sum(errors) / len(names), rel=1e-4)
     assert float(last["action_magnitude"]) > 0
+    assert float(last["action_mse"]) > 0
+
+
+def test_speed_is_measured(tiny):
+    """On one rank of a CPU, whose speed nobody knows: then there is no utilisation."""
+    train(tiny)
+    last = {name: float(value) for name, value in rows(tiny.out)[-1].items() if value}
+    assert last["samples_per_s_per_device"] == last["samples_per_s"]
+    # A tiny policy's step: a million operations a sample, more or less.
+    assert 1e5 < last["tflops_per_device"] * 1e12 / last["samples_per_s"] < 1e8
+    assert 0.1 < last["peak_memory_gb"] < 24
+    assert "mfu" not in last
 
 
 def test_several_caches(tiny, small_cache, tmp_path):

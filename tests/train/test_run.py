@@ -100,6 +100,10 @@ def test_the_run_folder_says_what_was_run(straight):
     untrained, trained = weights(straight, 0), weights(straight)
     assert not untrained["expert.action_out_proj.weight"].equal(trained["expert.action_out_proj.weight"])
     assert any((straight / "tensorboard").iterdir())
+    (start,) = [json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines()]
+    assert "--cache" in start["command"]
+    assert (start["first_step"], start["num_ranks"]) == (0, 2)
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 def test_few_validation_episodes_make_a_smaller_batch_and_none_make_none(small_cache, tmp_path):
@@ -121,6 +125,10 @@ def test_a_run_with_other_settings_is_not_overwritten(tmp_path):
     refuse_other_settings(tmp_path, old)
     store_config(tmp_path, old)
     refuse_other_settings(tmp_path, {**old, "log_every": 7})
+    # A setting that the run's version did not have yet.
+    refuse_other_settings(tmp_path, {**old, "compile": False})
+    with pytest.raises(DataError, match=r"other settings: compile was False, now True"):
+        refuse_other_settings(tmp_path, {**old, "compile": True})
     with pytest.raises(DataError, match=r"other settings: policy\.horizon was 4, now 8\. Type --out"):
         refuse_other_settings(tmp_path, {**old, "policy": {"horizon": 8}})
 
