@@ -142,9 +142,10 @@ def test_twenty_kills_change_nothing(begin, tmp_path):
             life.wait_for(f"step {goal}", lambda life=life, goal=goal: life.has_progressed_to >= goal)
             if kind == "writing":
                 life.wait_for("a checkpoint", lambda life=life: life.is_writing)
-                time.sleep(draw.uniform(0, checkpoint_s / 2))  # the later files, the renaming, the pruning
-            else:
-                time.sleep(draw.uniform(0, checkpoint_s))
+            moment = time.monotonic() + draw.uniform(0, checkpoint_s)
+            limit = life.has_progressed_to + CHECKPOINT_EVERY  # where the machine is faster than it was
+            while time.monotonic() < moment and life.has_progressed_to < limit:
+                time.sleep(0.002)
         life.kill()
         before_progress += life.has_progressed_to == life.resumes_at
         while_writing += life.is_writing
