@@ -135,17 +135,16 @@ def test_twenty_kills_change_nothing(begin, tmp_path):
     for number, kind in enumerate(kinds):
         life = begin(out, tmp_path / f"log{number}")
         resumed.append(life.resumes_at)
-        if kind == "starting":
-            time.sleep(draw.uniform(0, start_s))
-        else:
+        longest_s = start_s if kind == "starting" else checkpoint_s
+        if kind != "starting":
             goal = life.resumes_at + draw.randint(1, 4)
             life.wait_for(f"step {goal}", lambda life=life, goal=goal: life.has_progressed_to >= goal)
-            if kind == "writing":
-                life.wait_for("a checkpoint", lambda life=life: life.is_writing)
-            moment = time.monotonic() + draw.uniform(0, checkpoint_s)
-            limit = life.has_progressed_to + CHECKPOINT_EVERY  # where the machine is faster than it was
-            while time.monotonic() < moment and life.has_progressed_to < limit:
-                time.sleep(0.002)
+        if kind == "writing":
+            life.wait_for("a checkpoint", lambda life=life: life.is_writing)
+        moment = time.monotonic() + draw.uniform(0, longest_s)
+        limit = life.has_progressed_to + CHECKPOINT_EVERY  # where the machine is faster than it was
+        while time.monotonic() < moment and life.has_progressed_to < limit:
+            time.sleep(0.002)
         life.kill()
         before_progress += life.has_progressed_to == life.resumes_at
         while_writing += life.is_writing
