@@ -44,7 +44,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "tyro>=0.9",  # the command line is the config dataclasses
-        "ninja",  # DeepSpeed builds its shared-memory collective on first use
+        "ninja",  # torch.compile and the Adam of zero2_offload are built on first use
     ],
     extras_require={
         "sim": [

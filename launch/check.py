@@ -136,7 +136,7 @@ def other_renderer(chosen: str) -> str:
 
 
 def check_compiler() -> Finding:
-    """DeepSpeed builds its shared-memory collective for CPUs on first use."""
+    """torch.compile and the Adam of engine zero2_offload are built on first use."""
     compiler = os.environ.get("CXX", "c++")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     lacking = {

@@ -62,7 +62,7 @@ has_library() { { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | 
 packages=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=("python$version-venv")
 "$python" -c 'import pathlib, sysconfig; raise SystemExit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' ||
-  packages+=("python$version-dev") # DeepSpeed builds its shared-memory collective on first use
+  packages+=("python$version-dev") # torch.compile and the Adam of zero2_offload are built on first use
 command -v "${CXX:-c++}" >/dev/null || packages+=(g++)
 # Off-screen rendering: OSMesa, or EGL beside a GPU or where it is asked for (Mesa's draws on a CPU too).
 if [ "$torch_kind" = cuda ] || [ "${MUJOCO_GL:-}" = egl ]; then drawing='libOSMesa|libEGL'; else drawing=libOSMesa; fi
