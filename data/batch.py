@@ -19,8 +19,16 @@ from .raw_observation import RawObservation
 __all__ = ["Batch", "Observation", "Prompts", "RawObservation"]
 
 
+class Movable:
+    """A dataclass of tensors that can be brought to a device."""
+
+    def to(self, device: torch.device | str) -> Self:
+        moved: Self = _moved(self, device)
+        return moved
+
+
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class Prompts(Movable):
     """A batch of instructions, tokenised; padded on the right to a common bucket."""
 
     ids_BL: Tensor
@@ -29,10 +37,6 @@ class Prompts:
     """bool; True at real tokens."""
     embedding_BLE: Tensor | None = None
     """float32, the text encoder's output for the same tokens, where the policy reads it."""
-
-    def to(self, device: torch.device | str) -> Self:
-        moved: Self = _moved(self, device)
-        return moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class HiddenConditions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observation:
+class Observation(Movable):
     """A batch of prepared observations."""
 
     images: Mapping[str, Tensor]
@@ -61,13 +65,9 @@ class Observation:
     hidden: HiddenConditions | None = None
     """Drawn in training (`condition_dropout.py`); None: nothing is hidden."""
 
-    def to(self, device: torch.device | str) -> Self:
-        moved: Self = _moved(self, device)
-        return moved
-
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(Movable):
     """Training samples: an observation and the chunk of actions that follows it."""
 
     observation: Observation
@@ -77,10 +77,6 @@ class Batch:
     """bool; False beyond the episode's end."""
     sample_index_B: Tensor
     """int64: the frame's place in the cache. With the step it names a sample's noise, whatever the rank."""
-
-    def to(self, device: torch.device | str) -> Self:
-        moved: Self = _moved(self, device)
-        return moved
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
