@@ -198,7 +198,7 @@ def clip_flow_overfit() -> TrainConfig:
     """The small baseline on 512 moments of one task's demonstrations: must reach a loss under 0.01 and an `action_mse` under 0.001 on them.
 
     Cache as for clip_flow, of one file. Noise levels are shifted towards noise, where it shows whether the policy knows the action; near
-    level 0 a velocity magnifies every error. With `--vision-features` a CPU is enough. Not reached yet in shortened runs (LOG.md)."""
+    level 0 a velocity magnifies every error. Not reached yet in shortened runs (LOG.md)."""
     return replace(
         clip_flow(),
         out=Path("runs/clip_flow_overfit"),

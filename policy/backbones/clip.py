@@ -209,22 +209,11 @@ class Clip(nn.Module):
                 f"the longest prompt is padded to {num_tokens} tokens, and CLIP's text tower reads {limit}; shorten the "
                 "instruction"
             )
-        features_BLD = self._text_features(prompts.ids_BL)
+        # The tower is causal: padding on the right needs no mask.
+        features_BLD = self.text_tower.text_model(input_ids=prompts.ids_BL).last_hidden_state
         if self.config.features == "patches":
             return features_BLD, prompts.mask_BL
         # CLIP pools where the text ends, which the mask says for every tokenizer.
         last_B = (prompts.mask_BL.sum(dim=-1) - 1).clamp(min=0)
         ending_BD = features_BLD.take_along_dim(last_B[:, None, None], dim=1)[:, 0]
         return self.text_tower.text_projection(ending_BD)[:, None], prompts.mask_BL.any(dim=-1, keepdim=True)
-
-    def _text_features(self, ids_BL: Tensor) -> Tensor:
-        """(B, L, D). The tower is causal: padding on the right needs no mask."""
-        if not self.training or ids_BL.is_meta:
-            # Every row for itself: what a policy does in an episode must not depend on which others are batched with it.
-            features_BLD: Tensor = self.text_tower.text_model(input_ids=ids_BL).last_hidden_state
-            return features_BLD
-        # A training batch has few instructions, and the tower is frozen: encoding each again took nine tenths of a step on a CPU where
-        # pictures came as features.
-        ids_UL, place_B = ids_BL.unique(dim=0, return_inverse=True)
-        features_ULD: Tensor = self.text_tower.text_model(input_ids=ids_UL).last_hidden_state
-        return features_ULD[place_B]

@@ -127,26 +127,6 @@ def test_padding_of_a_prompt_changes_nothing(features, observation):
         assert torch.allclose(changed_text[changed_mask], text[mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("features", ["pooled", "patches"])
-def test_training_encodes_every_instruction_once_and_acting_every_row(features, observation):
-    clip = make_clip(features)
-    repeated = dataclasses.replace(
-        observation.prompts,
-        ids_BL=observation.prompts.ids_BL[[1, 0, 1]],
-        mask_BL=observation.prompts.mask_BL[[1, 0, 1]],
-    )
-    observation = dataclasses.replace(observation, prompts=repeated)
-    encoded = []
-    clip.text_tower.text_model.register_forward_pre_hook(
-        lambda _module, _args, named: encoded.append(len(named["input_ids"])), with_kwargs=True
-    )
-    in_training = encode(clip.train(), observation)["language"]
-    acting = encode(clip.eval(), observation)["language"]
-    assert encoded == [2, 3]
-    assert torch.allclose(in_training[0], acting[0], atol=1e-5)
-    assert in_training[1].equal(acting[1])
-
-
 def test_an_absent_camera_is_not_computed_and_keeps_its_place(observation):
     clip = make_clip()
     batches = []
