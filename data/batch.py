@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .raw_observation import RawObservation
 
-__all__ = ["Batch", "Observation", "Prompts", "RawObservation"]
+__all__ = ["Batch", "Observation", "Prompts", "RawObservation", "Repeats"]
 
 
 class Movable:
@@ -25,6 +25,16 @@ class Movable:
     def to(self, device: torch.device | str) -> Self:
         moved: Self = _moved(self, device)
         return moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats(Movable):
+    """Which rows of a batch have the same prompt: what depends on the prompt alone need be computed once for all of them."""
+
+    row_R: Tensor
+    """int64; for each of the R different prompts a row that has it."""
+    which_B: Tensor
+    """int64; which of those R the row's prompt is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,9 @@ class Prompts(Movable):
     """bool; True at real tokens."""
     embedding_BLE: Tensor | None = None
     """float32, the text encoder's output for the same tokens, where the policy reads it."""
+    repeats: Repeats | None = None
+    """Of training batches, where the loader knows them. None in acting: an episode's last bits must not depend on which others share
+    its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

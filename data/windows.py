@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, Observation, Prompts
+from .batch import Batch, Observation, Prompts, Repeats
 from .cache import Cache
 from .normalise import Normaliser, Statistics
 from .prompt import prompt_text
@@ -141,11 +141,16 @@ class _PromptTable:
         row_B = self._row_E[episode_B]
         width = int(self._width_R[row_B].max())
         index_B = torch.from_numpy(row_B)
-        return Prompts(ids_BL=self._ids_RL[:, :width][index_B], mask_BL=self._mask_RL[:, :width][index_B])
+        _, first_R, which_B = np.unique(row_B, return_index=True, return_inverse=True)
+        return Prompts(
+            ids_BL=self._ids_RL[:, :width][index_B],
+            mask_BL=self._mask_RL[:, :width][index_B],
+            repeats=Repeats(row_R=torch.from_numpy(first_R), which_B=torch.from_numpy(which_B)),
+        )
 
 
 def concatenate_prompts(parts: list[Prompts]) -> Prompts:
-    """One batch of all `parts`, padded on the right to the longest. Either all or none have embeddings."""
+    """One batch of all `parts`, padded on the right to the longest. Either all or none have embeddings; repeats are kept if all know theirs."""
     width = max(part.ids_BL.shape[1] for part in parts)
 
     def padded(tensors: list[Tensor]) -> Tensor:
@@ -162,4 +167,17 @@ def concatenate_prompts(parts: list[Prompts]) -> Prompts:
         ids_BL=padded([part.ids_BL for part in parts]),
         mask_BL=padded([part.mask_BL for part in parts]),
         embedding_BLE=padded(embeddings) if embeddings else None,
+        repeats=_joined_repeats(parts),
     )
+
+
+def _joined_repeats(parts: list[Prompts]) -> Repeats | None:
+    """A prompt of two parts stands there twice, which costs time and nothing else."""
+    row, which, rows, prompts = [], [], 0, 0
+    for part in parts:
+        if part.repeats is None:
+            return None
+        row.append(part.repeats.row_R + rows)
+        which.append(part.repeats.which_B + prompts)
+        rows, prompts = rows + len(part.ids_BL), prompts + len(part.repeats.row_R)
+    return Repeats(row_R=torch.cat(row), which_B=torch.cat(which))

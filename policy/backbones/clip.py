@@ -209,11 +209,19 @@ class Clip(nn.Module):
                 f"the longest prompt is padded to {num_tokens} tokens, and CLIP's text tower reads {limit}; shorten the "
                 "instruction"
             )
+        if prompts.repeats is None:
+            return self._encoded(prompts.ids_BL, prompts.mask_BL)
+        # A task's samples share their instruction, and the tower is the larger part of a step where pictures come as features.
+        row_R, which_B = prompts.repeats.row_R, prompts.repeats.which_B
+        features_RLD, mask_RL = self._encoded(prompts.ids_BL[row_R], prompts.mask_BL[row_R])
+        return features_RLD[which_B], mask_RL[which_B]
+
+    def _encoded(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         # The tower is causal: padding on the right needs no mask.
-        features_BLD = self.text_tower.text_model(input_ids=prompts.ids_BL).last_hidden_state
+        features_BLD = self.text_tower.text_model(input_ids=ids_BL).last_hidden_state
         if self.config.features == "patches":
-            return features_BLD, prompts.mask_BL
+            return features_BLD, mask_BL
         # CLIP pools where the text ends, which the mask says for every tokenizer.
-        last_B = (prompts.mask_BL.sum(dim=-1) - 1).clamp(min=0)
+        last_B = (mask_BL.sum(dim=-1) - 1).clamp(min=0)
         ending_BD = features_BLD.take_along_dim(last_B[:, None, None], dim=1)[:, 0]
-        return self.text_tower.text_projection(ending_BD)[:, None], prompts.mask_BL.any(dim=-1, keepdim=True)
+        return self.text_tower.text_projection(ending_BD)[:, None], mask_BL.any(dim=-1, keepdim=True)

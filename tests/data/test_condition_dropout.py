@@ -98,7 +98,11 @@ def test_a_sample_is_changed_alike_in_any_batch():
             observation,
             image_mask={camera: mask[chosen] for camera, mask in observation.image_mask.items()},
             state_BTS=observation.state_BTS[chosen],
-            prompts=Prompts(**{name: value[chosen] for name, value in vars(observation.prompts).items()}),
+            prompts=Prompts(
+                ids_BL=observation.prompts.ids_BL[chosen],
+                mask_BL=observation.prompts.mask_BL[chosen],
+                embedding_BLE=observation.prompts.embedding_BLE[chosen],
+            ),
         )
         part = change(few, config, index[chosen])
         assert all(map(torch.equal, parts(part), parts(whole, chosen)))

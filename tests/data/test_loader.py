@@ -267,6 +267,11 @@ def test_prompts_are_those_of_their_texts(small_cache, style, embeddings):
         expected = small_cache.language.prompts(texts, embeddings=embeddings)
         assert torch.equal(batch.observation.prompts.ids_BL, expected.ids_BL)
         assert torch.equal(batch.observation.prompts.mask_BL, expected.mask_BL)
+        repeats = batch.observation.prompts.repeats
+        if repeats is not None:
+            assert len(repeats.row_R) == len(set(texts))
+            assert torch.equal(expected.ids_BL[repeats.row_R][repeats.which_B], expected.ids_BL)
+        assert (repeats is not None) == (style != "pi05" and not embeddings), "known where texts hold no state"
         if embeddings:
             assert torch.equal(batch.observation.prompts.embedding_BLE, expected.embedding_BLE)
 

@@ -73,6 +73,9 @@ def test_every_row_is_the_row_of_its_cache(caches):
         expected = caches[0].language.prompts(texts)
         assert torch.equal(batch.observation.prompts.ids_BL, expected.ids_BL)
         assert torch.equal(batch.observation.prompts.mask_BL, expected.mask_BL)
+        repeats = batch.observation.prompts.repeats
+        assert torch.equal(expected.ids_BL[repeats.row_R][repeats.which_B], expected.ids_BL)
+        assert len(repeats.row_R) < len(texts)
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.2, 0.1), (1, 100, 10), (3, 1, 2)])

@@ -8,6 +8,7 @@ from small_policies import CAMERAS, make_batch
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from vlatune.data.batch import Repeats
 from vlatune.policy.backbones.clip import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig, as_clip_pixels
 
 VISION = ClipVisionConfig(image_px=16, patch_px=8, width=24, mlp_dim=32, depth=2, num_heads=2)
@@ -125,6 +126,31 @@ def test_padding_of_a_prompt_changes_nothing(features, observation):
     for changed in (other, longer):
         changed_text, changed_mask = encode(clip, dataclasses.replace(observation, prompts=changed))["language"]
         assert torch.allclose(changed_text[changed_mask], text[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ["pooled", "patches"])
+def test_a_repeated_prompt_is_encoded_once(features, observation, monkeypatch):
+    clip, prompts = make_clip(features), observation.prompts
+    which_B = torch.tensor([1, 0, 1, 1])
+    repeated = dataclasses.replace(prompts, ids_BL=prompts.ids_BL[which_B], mask_BL=prompts.mask_BL[which_B])
+    observation = dataclasses.replace(
+        observation,
+        images={camera: image[which_B] for camera, image in observation.images.items()},
+        image_mask={camera: mask[which_B] for camera, mask in observation.image_mask.items()},
+        state_BTS=observation.state_BTS[which_B],
+        prompts=repeated,
+    )
+    expected, expected_mask = encode(clip, observation)["language"]
+    seen = []
+    clip.text_tower.text_model.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    repeats = Repeats(row_R=torch.tensor([1, 0]), which_B=torch.tensor([1, 0, 1, 1]))
+    observation = dataclasses.replace(observation, prompts=dataclasses.replace(repeated, repeats=repeats))
+    language, mask = encode(clip, observation)["language"]
+    assert seen == [2]
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(language, expected)
 
 
 def test_an_absent_camera_is_not_computed_and_keeps_its_place(observation):
