@@ -17,3 +17,5 @@ class RawObservation:
     state_TS: np.ndarray
     """float32, in the order of the robot card."""
     instruction: str
+    there_T: np.ndarray | None = None
+    """bool; False where an offset lies before the episode's start, whose first observation then stands in. None: all are there."""

@@ -3,10 +3,12 @@
 import csv
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from ..data.episodes import DataError
+from ..data.files import full_disk_said, write_whole
 from .results import FILE_NAME, EpisodeKey, EpisodeRow, check_columns, header
 
 
@@ -20,23 +22,11 @@ class EpisodeLog:
         """Opens or creates it. Raises `DataError` if another process holds it or if its rows are not this version's."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
-        self._lock = (folder / ".episodes.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise DataError(
-                f"another sweep is writing {self.path}; wait for it, or give this one another --out"
-            ) from None
-        rows = _read_rows(self.path) if self.path.exists() else []
+        self._lock = hold(folder)
+        rows = read_rows(self.path) if self.path.exists() else []
         kept = [row for row in rows if row.outcome != "error"]
         self.rows: dict[EpisodeKey, EpisodeRow] = {row.key: row for row in kept}
-        temporary = self.path.with_suffix(".csv.partial")
-        with temporary.open("w", newline="") as file:
-            file.writelines([header(), *(row.to_line() for row in self.rows.values())])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_rows(self.path, self.rows.values())
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, row: EpisodeRow) -> None:
@@ -68,7 +58,27 @@ class EpisodeLog:
         self.close()
 
 
-def _read_rows(path: Path) -> list[EpisodeRow]:
+def hold(folder: Path) -> IO[str]:
+    """The right to write the folder's `episodes.csv`, until the returned file is closed. Raises `DataError` if another process has it."""
+    lock = (folder / ".episodes.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise DataError(
+            f"another sweep is writing {folder / FILE_NAME}; wait for it, or give this one another --out"
+        ) from None
+    return lock
+
+
+def write_rows(path: Path, rows: Iterable[EpisodeRow]) -> None:
+    """All of the file, or nothing: raises `DataError` where the disk is full."""
+    with full_disk_said(path):
+        write_whole(path, "".join((header(), *(row.to_line() for row in rows))).encode())
+
+
+def read_rows(path: Path) -> list[EpisodeRow]:
+    """All whole rows; a last line that a kill has torn is left out. Raises `DataError` for other columns and damaged lines."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1].decode()
     if not whole:

@@ -33,6 +33,9 @@ class PolicyUnderTest(Protocol):
     def num_sampling_steps(self) -> int: ...
     @property
     def sampling(self) -> Mapping[str, Any]: ...
+    def with_sampling_steps(self, num_sampling_steps: int) -> "PolicyUnderTest":
+        """The same weights with another number of integration (or denoising) steps; raises `ValueError` where it cannot."""
+
     @property
     def weights_hash(self) -> str: ...
     @property
@@ -47,7 +50,8 @@ class PolicyUnderTest(Protocol):
         *,
         previous: np.ndarray | None = None,
         num_executed_steps: int | None = None,
-    ) -> np.ndarray: ...
+    ) -> np.ndarray:
+        """(B, H, A) float32. The observations' pictures may change once it has returned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,8 @@ class EpisodeRow:
 
 
 COLUMNS = tuple(field.name for field in fields(EpisodeRow))
+CLOCK = ("wall_s", "sim_s", "render_s", "queue_ms", "policy_ms_mean", "policy_ms_p95")
+"""Columns that differ between two runs of the same episode."""
 _TYPES: dict[str, Any] = {field.name: field.type for field in fields(EpisodeRow)}
 _DTYPES = {str: "str", int: "Int64", int | None: "Int64", float | None: "float64", bool | None: "boolean"}
 
@@ -191,7 +193,7 @@ def read(paths: str | Path | Iterable[str | Path]) -> "pd.DataFrame":
 
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     frames = []
-    for path in map(_locate, map(Path, paths)):
+    for path in map(locate, map(Path, paths)):
         with path.open(newline="") as file:
             found = next(csv.reader(file), [])
         check_columns(found, path)
@@ -203,7 +205,8 @@ def read(paths: str | Path | Iterable[str | Path]) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The CSV that `path` stands for: itself, or the `episodes.csv` of an evaluation folder or a run. Raises `DataError`."""
     for candidate in (path, path / FILE_NAME, path / "evaluation" / FILE_NAME):
         if candidate.is_file():
             return candidate
@@ -218,6 +221,12 @@ def check_columns(found: Sequence[str], path: Path) -> None:
             f"{path} has other columns than this version writes (unknown: {', '.join(extra) or 'none'}; missing: "
             f"{', '.join(lacking) or 'none'}); move it away or use another --out"
         )
+
+
+def sampling_setting(frame: "pd.DataFrame", name: str) -> "pd.Series":
+    """One of the settings in the column `sampling`, `objective` for instance, a value a row; None where a row's lack it."""
+    values = {text: json.loads(text).get(name) if text else None for text in frame["sampling"].unique()}
+    return frame["sampling"].map(values).rename(name)
 
 
 def success_by(frame: "pd.DataFrame", by: str | Sequence[str], confidence: float = 0.95) -> "pd.DataFrame":

@@ -1,13 +1,15 @@
 """One episode: reset, then decide and execute chunks until success or the step limit."""
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.raw_observation import RawObservation
 from .benchmarks.benchmark import Environment, SimObservation
+from .temporal_ensemble import TemporalEnsemble
 
 Decide = Callable[[int, RawObservation, SimObservation], np.ndarray]
 """(decision index, what a policy may see, what the simulator knows) -> (n, A) actions to execute. A policy reads only the
@@ -43,36 +45,48 @@ def roll_out(
     seed: int,
     max_steps: int,
     num_executed_steps: int,
+    observation_offsets: tuple[int, ...] = (0,),
+    temporal_ensemble: float | None = None,
     render_every_step: bool = False,
     on_step: OnStep | None = None,
     on_end: Callable[[SimObservation], None] | None = None,
 ) -> EpisodeOutcome:
-    """Run one episode. Cameras are rendered only for the steps whose images are read, unless `render_every_step`.
+    """Run one episode: a decision at every `num_executed_steps`-th step. Cameras are rendered only for the steps whose images a decision
+    reads, unless `render_every_step`.
 
-    `on_end` gets the last observation (rendered only with `render_every_step`), which no action follows."""
+    `observation_offsets` are the control steps, relative to a decision, whose observations it gets (0 or less, the last one 0).
+    With a coefficient for `temporal_ensemble` (temporal_ensemble.py) an action is the mean of what all chunks planned for its step.
+    `on_end` gets the last observation (rendered only with `render_every_step`), which no action follows. Raises `ValueError` if the
+    actor decides on fewer actions than are to be executed."""
     start = time.perf_counter()
     robot = environment.robot
     observation = environment.reset(init_state, seed)
+    seen = deque([observation], maxlen=1 - min(observation_offsets))
+    ensemble = None if temporal_ensemble is None else TemporalEnsemble(temporal_ensemble)
     actions: list[np.ndarray] = []
     decision_ms: list[float] = []
     clipped = 0
     while len(actions) < max_steps and not observation.success:
         asked = time.perf_counter()
-        raw = RawObservation(
-            images={camera: image[None] for camera, image in observation.images.items()},
-            state_TS=observation.state_S[None],
-            instruction=environment.task.language,
-        )
-        chunk_NA = decide(len(decision_ms), raw, observation)[:num_executed_steps]
+        raw = _raw_observation(seen, len(actions), observation_offsets, environment.task.language)
+        chunk_HA = decide(len(decision_ms), raw, observation)
         decision_ms.append(1000 * (time.perf_counter() - asked))
-        chunk_NA = chunk_NA[: max_steps - len(actions)]
-        for k, wanted_A in enumerate(chunk_NA):
+        if len(chunk_HA) < num_executed_steps:
+            raise ValueError(
+                f"the actor decided on {len(chunk_HA)} actions, and {num_executed_steps} are to be executed"
+            )
+        if ensemble is not None:
+            ensemble.add(len(actions), chunk_HA)
+        for k in range(min(num_executed_steps, max_steps - len(actions))):
+            wanted_A = chunk_HA[k] if ensemble is None else ensemble.action(len(actions))
             action_A = np.clip(wanted_A, -robot.action_limit, robot.action_limit)
             clipped += int(np.sum(np.delete(action_A != wanted_A, robot.gripper_action)))
             if on_step is not None:
                 on_step(len(actions), observation, environment.mujoco_state(), action_A)
-            observation = environment.step(action_A, render=render_every_step or k == len(chunk_NA) - 1)
             actions.append(action_A)
+            is_read = any((len(actions) - offset) % num_executed_steps == 0 for offset in observation_offsets)
+            observation = environment.step(action_A, render=render_every_step or is_read)
+            seen.append(observation)
             if observation.success:
                 break
     if on_end is not None:
@@ -88,4 +102,19 @@ def roll_out(
         decision_ms=tuple(decision_ms),
         smoothness=float(np.linalg.norm(np.diff(taken_NA, axis=0), axis=1).mean()) if len(actions) > 1 else 0.0,
         saturation=clipped / max(1, taken_NA.size - len(actions)),
+    )
+
+
+def _raw_observation(
+    seen: Sequence[SimObservation], step: int, offsets: tuple[int, ...], instruction: str
+) -> RawObservation:
+    """What a decision at `step` gets; `seen` ends with that step's. Before the episode's start its first observation stands in, as in
+    training."""
+    there_T = step + np.asarray(offsets) >= 0
+    read = [seen[max(offset, -step) - 1] for offset in offsets]
+    return RawObservation(
+        images={camera: np.stack([one.images[camera] for one in read]) for camera in read[-1].images},
+        state_TS=np.stack([one.state_S for one in read]),
+        instruction=instruction,
+        there_T=there_T,
     )

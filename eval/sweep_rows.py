@@ -1,8 +1,7 @@
-"""From a worker's result to a row of `episodes.csv`, and from rows to the chosen checkpoint."""
+"""From a worker's result to a row of `episodes.csv`."""
 
 import importlib.metadata
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,19 +85,3 @@ def _seconds(value: float | None) -> float | None:
 
 def _milliseconds(value: float | np.floating) -> float:
     return round(float(value), 3)
-
-
-def mean_over_tasks(rows: Sequence[EpisodeRow]) -> float:
-    """Mean of the tasks' success rates, errors left out; NaN if a task has no episode that ended."""
-    outcomes: dict[tuple[str, int], list[bool]] = defaultdict(list)
-    for row in rows:
-        outcomes[row.suite, row.task_id] += [] if row.success is None else [row.success]
-    return float(np.mean([np.mean(task) if task else np.nan for task in outcomes.values()]))
-
-
-def best_step(rows_by_step: Mapping[int, Sequence[EpisodeRow]]) -> int | None:
-    """The step of the best checkpoint: highest success rate over tasks, the later one of equals. `None` if there is no
-    checkpoint whose tasks all have an episode that ended."""
-    rates = {step: mean_over_tasks(rows) for step, rows in rows_by_step.items()}
-    known = {step: rate for step, rate in rates.items() if not np.isnan(rate)}
-    return max(known, key=lambda step: (known[step], step)) if known else None

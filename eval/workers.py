@@ -1,7 +1,7 @@
 """Simulator worker processes around one policy: episodes in, outcomes out, whatever happens to a worker.
 
-Workers are spawned, hold one environment per task they have seen, and never touch an accelerator: they send observations
-through a pipe and get chunks of actions back. The parent answers questions as they arrive, as many at once as the server's
+Workers are spawned, hold one environment per task they have seen, and never touch an accelerator: they ask through a pipe, pictures lying
+in memory that both sides see, and get chunks of actions back. The parent answers questions as they arrive, as many at once as the server's
 batch holds, and waits for nobody."""
 
 import multiprocessing
@@ -12,7 +12,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +31,7 @@ from .benchmarks.renderer import RendererError
 from .policy_server import PolicyServer, Question
 from .results import EpisodeKey
 from .rollout import EpisodeOutcome, roll_out
+from .shared_pictures import NewMemory, PictureReader, PictureWriter, Places
 from .video import VideoRecorder
 
 MakeBenchmark = Callable[[], Benchmark]
@@ -53,6 +54,10 @@ class EpisodeSpec:
     """The card whose state the policy reads."""
     cameras: tuple[str, ...] = ()
     """Those that the policy reads."""
+    observation_offsets: tuple[int, ...] = (0,)
+    """Control steps, relative to a decision, whose observations the policy reads."""
+    temporal_ensemble: float | None = None
+    """The coefficient of `rollout.roll_out`."""
     video: Path | None = None
     """Where the mp4 goes, without the outcome and `.mp4`: `videos/step_000400__task00…__init07__policy`."""
 
@@ -83,6 +88,8 @@ class _Ready:
 class _Ask:
     decision: int
     raw: RawObservation
+    """Without its pictures."""
+    places: Places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +112,9 @@ def _work(connection: Connection, make_benchmark: MakeBenchmark, max_environment
     """A worker's life: episodes until told to stop, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     environments: OrderedDict[tuple[Task, EpisodeProtocol, RobotCard], Environment] = OrderedDict()
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    pictures = PictureWriter(connection, parent.pid)
     try:
         benchmark = None
         connection.send(_Ready())
@@ -114,7 +124,7 @@ def _work(connection: Connection, make_benchmark: MakeBenchmark, max_environment
                 benchmark = benchmark or make_benchmark()
                 environment = _environment(environments, benchmark, spec, max_environments)
                 starting = False
-                connection.send(_run_episode(connection, benchmark, environment, spec))
+                connection.send(_run_episode(connection, pictures, benchmark, environment, spec))
             except Exception as problem:  # whatever a simulator raises is this episode's error
                 if isinstance(problem, (EOFError, BrokenPipeError, ConnectionResetError)):
                     raise
@@ -148,9 +158,12 @@ def _environment(
     return held[name]
 
 
-def _run_episode(connection: Connection, benchmark: Benchmark, environment: Environment, spec: EpisodeSpec) -> _Done:
+def _run_episode(
+    connection: Connection, pictures: PictureWriter, benchmark: Benchmark, environment: Environment, spec: EpisodeSpec
+) -> _Done:
     def ask(decision: int, raw: RawObservation) -> np.ndarray:
-        connection.send(_Ask(decision=decision, raw=raw))
+        places = pictures.write(raw.images)
+        connection.send(_Ask(decision=decision, raw=replace(raw, images={}), places=places))
         chunk_HA: np.ndarray = connection.recv()
         return chunk_HA
 
@@ -167,6 +180,8 @@ def _run_episode(connection: Connection, benchmark: Benchmark, environment: Envi
             seed=key.seed,
             max_steps=spec.protocol.max_steps,
             num_executed_steps=key.num_executed_steps,
+            observation_offsets=spec.observation_offsets,
+            temporal_ensemble=spec.temporal_ensemble,
             render_every_step=recorder is not None,
             on_step=recorder.on_step if recorder else None,
             on_end=recorder.on_end if recorder else None,
@@ -200,6 +215,7 @@ class _Worker:
     heard_at: float = 0.0
     """When it last said something, or was last given something to do."""
     is_ready: bool = False
+    pictures: PictureReader = field(default_factory=PictureReader)
     question: Question | None = None
     asked_at: float = 0.0
 
@@ -291,6 +307,9 @@ class WorkerPool:
         assert worker.job is not None
         try:
             message = worker.connection.recv()
+            if isinstance(message, NewMemory):  # its handle comes next, then the question
+                worker.pictures.receive(message, worker.connection)
+                message = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             yield from self._lose(worker, worker.reason_of_death(), pending)
             return
@@ -301,7 +320,7 @@ class WorkerPool:
             worker.question = Question(
                 key=worker.job.spec.key,
                 decision=message.decision,
-                raw=message.raw,
+                raw=replace(message.raw, images=worker.pictures.read(message.places)),
                 previous_HA=worker.job.previous_HA,
             )
             worker.asked_at = time.perf_counter()

@@ -1,8 +1,10 @@
 """A trained policy as a robot, a sweep or a server sees it: raw observations in, raw action chunks out."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 import torch
@@ -45,16 +47,32 @@ class ActingPolicy:
         self.robot = policy.embodiment.robot
         self.observation_offsets = policy.config.observation_offsets
         self.horizon, self.action_dim = policy.action_shape
+        self._objective = policy.config.objective
         self._random = np.random.default_rng()
+
+    def with_sampling_steps(self, num_sampling_steps: int) -> Self:
+        """The same policy, weights shared, with another number of integration (or denoising) steps.
+
+        Raises ValueError for a number that the objective does not know, and where it samples in one step by its nature."""
+        if num_sampling_steps == self.num_sampling_steps:
+            return self
+        if not any(field.name == "num_sampling_steps" for field in fields(self._objective)):
+            raise ValueError(
+                f"num_sampling_steps {num_sampling_steps}: the objective {self._objective.type!r} always takes {self.num_sampling_steps}; "
+                "leave it out"
+            )
+        other = copy.copy(self)
+        other._objective = replace(self._objective, num_sampling_steps=num_sampling_steps)  # type: ignore[arg-type]
+        return other
 
     @property
     def num_sampling_steps(self) -> int:
-        return self.policy.config.objective.num_sampling_steps
+        return self._objective.num_sampling_steps
 
     @property
     def sampling(self) -> Mapping[str, int | str]:
         """What decides the sampling besides weights and noise; of candidates only where there are several."""
-        settings = {"objective": self.policy.config.objective.type, "num_sampling_steps": self.num_sampling_steps}
+        settings = {"objective": self._objective.type, "num_sampling_steps": self.num_sampling_steps}
         return settings if self.num_candidates == 1 else {**settings, "num_candidates": self.num_candidates}
 
     @property
@@ -119,7 +137,7 @@ class ActingPolicy:
             prepared = self._prepared(observations).to(self.device)
             drawn = torch.from_numpy(noise).float().to(self.device)
             if self.num_candidates == 1:
-                actions_BHA = self.policy.sample(prepared, drawn)
+                actions_BHA = self.policy.sample(prepared, drawn, self._objective)
             else:
                 actions_BHA = self._most_consistent(prepared, drawn, previous, num_executed_steps)
         actions: np.ndarray = actions_BHA.float().cpu().numpy()
@@ -140,7 +158,7 @@ class ActingPolicy:
             raise ValueError(
                 f"the previous chunks are {previous.shape}, these will be {shape}: give those that act returned"
             )
-        chunks_BKHA = sample_candidates(policy.config.objective, policy.bind(observation), noise_BKHA)
+        chunks_BKHA = sample_candidates(self._objective, policy.bind(observation), noise_BKHA)
         planned = None if previous is None else torch.from_numpy(previous).to(self.device)
         chosen: Tensor = policy.action_normaliser.inverse(
             most_consistent(
@@ -158,7 +176,10 @@ class ActingPolicy:
             prepared = self.image_rule.prepare(flat)
             images[camera] = torch.from_numpy(prepared).unflatten(0, (len(observations), -1))
         config = self.policy.config
-        everywhere = torch.ones(len(observations), len(self.observation_offsets), dtype=torch.bool)
+        everywhere_T = np.ones(len(self.observation_offsets), dtype=bool)
+        there_BT = torch.from_numpy(
+            np.stack([everywhere_T if raw.there_T is None else raw.there_T for raw in observations])
+        )
         state_BTS = torch.from_numpy(np.stack([raw.state_TS for raw in observations]))
         normalised_BS = self.policy.state_normaliser(state_BTS[:, -1].to(self.device)).cpu().numpy()
         texts = [
@@ -167,7 +188,7 @@ class ActingPolicy:
         ]
         return Observation(
             images=images,
-            image_mask=dict.fromkeys(self.cameras, everywhere),
+            image_mask=dict.fromkeys(self.cameras, there_BT),
             state_BTS=state_BTS,
             prompts=self.language.prompts(texts, embeddings=config.backbone.reads_embeddings),
         )

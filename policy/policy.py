@@ -15,7 +15,7 @@ from .experts import EXPERTS
 from .experts.dit import DiTExpertConfig
 from .experts.expert import BoundExpert
 from .objectives.draws import DrawKeys
-from .objectives.objective import Draw, Loss
+from .objectives.objective import Draw, Loss, Objective
 from .prefix import Prefix
 
 
@@ -121,9 +121,11 @@ class Policy(nn.Module):
         loss = config.objective.loss(self.bind(batch.observation), actions_BHA, valid_BHA, draw)
         return replace(loss, weight_BHA=loss.weight_BHA * self.weight_A)
 
-    def sample(self, observation: Observation, noise_BHA: Tensor) -> Tensor:
-        """A chunk of the robot's actions in raw units, float32. `noise_BHA` is standard normal, (B, *noise_shape)."""
-        laid_out_BHA = self.config.objective.sample(self.bind(observation), noise_BHA)
+    def sample(self, observation: Observation, noise_BHA: Tensor, objective: Objective | None = None) -> Tensor:
+        """A chunk of the robot's actions in raw units, float32. `noise_BHA` is standard normal, (B, *noise_shape). `objective` samples in
+        place of the policy's own, for instance with another number of steps."""
+        objective = objective or self.config.objective
+        laid_out_BHA = objective.sample(self.bind(observation), noise_BHA)
         actions_BHA: Tensor = self.action_normaliser.inverse(self.action_layout.inverse(laid_out_BHA))
         return actions_BHA
 

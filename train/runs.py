@@ -12,7 +12,7 @@ import pandas as pd
 import tyro
 
 from ..data.episodes import DataError
-from ..policy.checkpoints.layout import complete_checkpoints
+from ..policy.checkpoints.layout import complete_checkpoints, planned_steps
 
 COLUMNS = (
     "run",
@@ -98,7 +98,7 @@ def run_row(run: Path) -> dict[str, object]:
     try:
         config = json.loads(config_file.read_text())
         stages = [config, *config["then"]]
-        total_steps = sum(stage["num_steps"] for stage in stages)
+        total_steps = planned_steps(run)
         objectives = [(config["policy"] if stage is config else stage)["objective"] for stage in stages]
         row |= {
             "objective": _each_once(objective["type"] for objective in objectives if objective is not None),

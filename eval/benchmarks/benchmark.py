@@ -27,7 +27,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeProtocol:
-    """How an episode is run, by name; written into every row."""
+    """How an episode is run, by name; written into every row. A name stands for the same rules for ever: others get another name."""
 
     name: str
     max_steps: int
@@ -36,6 +36,8 @@ class EpisodeProtocol:
     """Still actions after the init state is set."""
     image_px: int
     """Side of the rendered (square) images."""
+    num_trials: int = 50
+    """Episodes per task that results under it are published with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class SimObservation:
     low_dim: Mapping[str, np.ndarray]
     """robosuite's other observables by their own names (true object poses too: for recorders and scripted experts only)."""
     success: bool
+
+
+FixturePose = tuple[np.ndarray, np.ndarray]
+"""Position (3) in metres and quaternion (4) w, x, y, z, of a piece of furniture in its parent: MuJoCo's order."""
 
 
 class Environment(Protocol):

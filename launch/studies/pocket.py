@@ -173,7 +173,7 @@ def compare_runs(
                     steps=(step_of(run.judged),),
                     selection_episodes=1,
                     report_episodes=judging.episodes,
-                    num_executed_steps=steps,
+                    num_executed_steps=(steps,),
                     videos=0,
                     num_workers=judging.num_workers,
                     out=run.out / "evaluation",

@@ -31,12 +31,12 @@ from ...data.normalise import Statistics
 from ..config import Embodiment, PolicyConfig
 from ..lora import adapter_of, merge_adapter, merged_weights, plain_weights, save_adapter
 from ..policy import Policy
-from .layout import COMPLETE
+from .layout import COMPLETE, EMA
 from .weight_files import load_strict
 
 FORMAT_VERSION = 3
 WEIGHTS, BASE, ADAPTER = "model.safetensors", "base.json", "adapter"
-EMA, EMA_ADAPTER = "ema.safetensors", "ema_adapter"
+EMA_ADAPTER = "ema_adapter"
 Config = TypeVar("Config")
 
 

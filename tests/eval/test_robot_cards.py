@@ -13,21 +13,13 @@ from vlatune.data.episodes import DataError
 from vlatune.data.robots import LIBERO_PANDA, LIBERO_PANDA_JOINTS, LIBERO_PANDA_JOINTS_FINGERS
 from vlatune.data.robots.libero_panda import gripper_opening
 from vlatune.eval.benchmarks import load_benchmark
-from vlatune.eval.sweep_plan import make_plan
+from vlatune.eval.sweep_plan import Wanted, make_plan
 from vlatune.eval.workers import EpisodeSpec, SimulatorError, WorkerPool
 
 
 def spec(robot: str, actor: str = "policy") -> EpisodeSpec:
     plan = make_plan(
-        fake_point_world.make(),
-        suites=(),
-        tasks=(0,),
-        protocol="",
-        selection_episodes=1,
-        report_episodes=1,
-        seed=0,
-        num_videos=0,
-        actors=("policy",),
+        fake_point_world.make(), Wanted(tasks=(0,), selection_episodes=1, report_episodes=1, actors=("policy",))
     )
     policy = FakePolicy(skill=1.0, weights_hash="0")
     policy.robot = robot

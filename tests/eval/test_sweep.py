@@ -16,14 +16,12 @@ import pytest
 
 from vlatune.data.episodes import DataError
 from vlatune.eval.benchmarks.benchmark import NoExpert
-from vlatune.eval.results import read
+from vlatune.eval.results import CLOCK, read
 from vlatune.eval.run_folder import find_run
 from vlatune.eval.sweep import SweepConfig, main, sweep
-from vlatune.eval.sweep_rows import best_step
 from vlatune.eval.workers import SimulatorError
 
 SKILLS = {0: 0.0, 100: 0.3, 200: 0.6, 300: 0.75}
-CLOCK = ["wall_s", "sim_s", "render_s", "queue_ms", "policy_ms_mean", "policy_ms_p95"]
 
 
 def config(*runs: Path, **changes) -> SweepConfig:
@@ -151,7 +149,7 @@ def test_killed_again_and_again_it_ends_with_the_same_rows(tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
     key = ["actor", "step", "task_id", "init_state"]
     expected, found = (
-        read(one).drop(columns=CLOCK).sort_values(key).reset_index(drop=True) for one in (undisturbed, run)
+        read(one).drop(columns=list(CLOCK)).sort_values(key).reset_index(drop=True) for one in (undisturbed, run)
     )
     assert len(found) == 2 * 3 * 4 + 4 * 3 * 5
     pd.testing.assert_frame_equal(found, expected)
@@ -166,9 +164,8 @@ def test_an_error_is_not_averaged_in_and_is_run_again_at_the_next_start(tmp_path
     frame = read(run)
     (error,) = frame[frame["outcome"] == "error"].to_dict("records")
     assert "exit code 3" in error["error"] and (error["task_id"], error["init_state"]) == (1, 2)
-    assert json.loads((run / "evaluation" / "chosen.json").read_text())["candidates"] == [
-        {"step": 100, "successes": 11, "episodes": 11}
-    ]
+    (candidate,) = json.loads((run / "evaluation" / "chosen.json").read_text())["candidates"]
+    assert (candidate["step"], candidate["successes"], candidate["episodes"]) == (100, 11, 11)
     (trouble / "1_2.exit").unlink()
     run_sweep(run, trouble=trouble, controls=False)
     assert len(read(run)) == len(frame) and set(read(run)["outcome"]) == {"success"}
@@ -177,7 +174,7 @@ def test_an_error_is_not_averaged_in_and_is_run_again_at_the_next_start(tmp_path
 def test_steps_tasks_and_another_folder(tmp_path):
     run = fake_policy.write_run(tmp_path / "demo", SKILLS)
     out = tmp_path / "elsewhere"
-    settings = {"controls": False, "steps": (100, 200), "tasks": (2,), "num_executed_steps": 3, "out": out}
+    settings = {"controls": False, "steps": (100, 200), "tasks": (2,), "num_executed_steps": (3,), "out": out}
     assert run_sweep(run, **settings) == [out]
     frame = read(out)
     assert set(frame["step"]) == {100, 200} and set(frame["task_id"]) == {2} and set(frame["num_executed_steps"]) == {3}
@@ -213,33 +210,9 @@ def test_the_table_that_is_printed(tmp_path, capsys):
     run = fake_policy.write_run(tmp_path / "demo", {0: 0.0, 100: 1.0})
     run_sweep(run)
     printed = capsys.readouterr().out
-    assert "step 100             100.0 %  [ 75.8, 100.0]  12/12  <- chosen" in printed
+    assert "step_000100          100.0 %  [ 75.8, 100.0]  12/12  <- chosen" in printed
     assert "policy               100.0 %  [ 79.6, 100.0]  15/15" in printed
     assert "wrong_instruction" in printed
-
-
-class FakeRow:
-    def __init__(self, task_id, success):
-        self.suite, self.task_id, self.success = "s", task_id, success
-
-
-def rows(*tasks):
-    return [FakeRow(k, success) for k, successes in enumerate(tasks) for success in successes]
-
-
-def test_the_best_of_equals_is_the_later_one():
-    good, bad = rows([True, True], [True, False]), rows([True, False], [True, False])
-    assert best_step({100: good, 200: good, 300: bad}) == 200
-
-
-def test_the_best_is_by_the_mean_over_tasks_and_errors_do_not_count():
-    lucky = rows([True, True, True, True], [False, None, None, None])  # 4 of 5, but half of the tasks
-    even = rows([True, True, True, False], [True, True, False, False])  # 5 of 8
-    assert best_step({100: lucky, 200: even}) == 200
-    assert best_step({100: rows([None], [True]), 200: rows([False], [False])}) == 200, (
-        "a task without an ending: unknown"
-    )
-    assert best_step({100: rows([None], [True])}) is None
 
 
 def test_a_run_that_is_not_there(tmp_path):
@@ -280,13 +253,22 @@ def test_controls_need_the_untrained_policy(tmp_path):
             {"report_episodes": 11},
             "--report-episodes 11: task 'reach_the_red_dot' has 10 init states for report; ask for 1 to 10",
         ),
-        ({"selection_episodes": 0}, "--selection-episodes 0"),
+        ({"selection_episodes": -1}, "--selection-episodes -1: .* ask for 0 to 10"),
+        ({"selection_episodes": 0}, "--selection-episodes 0: .* has 3 candidates .* name its step, as in --steps last"),
+        ({"max_steps": 0}, "--max-steps 0: a positive number is needed"),
+        ({"weights": ()}, "--weights names nothing; give raw, ema, or both"),
+        ({"num_sampling_steps": (0,)}, "--num-sampling-steps 0: give different numbers of 1 or more"),
+        ({"num_executed_steps": (4, 4)}, "--num-executed-steps 4 4: give different numbers"),
+        ({"temporal_ensemble": -0.1}, "--temporal-ensemble -0.1: the coefficient is 0 or more"),
+        ({"shard": "2/2"}, r"--shard 2/2: give the part and the number of parts, counted from 0"),
+        ({"race": True, "shard": "0/2"}, "--race compares all candidates round by round, which --shard does not allow"),
+        ({"watch": True, "selection_episodes": 0}, "--watch compares checkpoints as they come"),
         ({"tasks": (1,)}, "no other instruction than 'reach the green dot'"),
         ({"baselines": ("scripted",)}, "no expert for blue"),
-        ({"num_executed_steps": 11}, "--num-executed-steps 11: the policy's chunks have 10; 1 to 10"),
+        ({"num_executed_steps": (11,)}, "--num-executed-steps 11: the policy's chunks have 10; 1 to 10"),
         ({"num_candidates": 0}, "--num-candidates 0: a decision needs at least 1"),
         (
-            {"num_candidates": 2, "num_executed_steps": 10},
+            {"num_candidates": 2, "num_executed_steps": (10,)},
             "--num-candidates 2: .* all 10 are executed; type --num-executed-steps with a number below 10",
         ),
     ],

@@ -13,22 +13,17 @@ from vlatune.data.raw_observation import RawObservation
 from vlatune.eval.actors import make_decide, wrong_instruction
 from vlatune.eval.benchmarks.benchmark import NoExpert, Task
 from vlatune.eval.policy_server import PolicyServer, Question, noise_for
-from vlatune.eval.sweep_plan import SweepPlan, make_plan
+from vlatune.eval.sweep_plan import SweepPlan, Wanted, make_plan
 from vlatune.eval.workers import SimulatorError, WorkerPool
 
 
 def plan(**changes) -> SweepPlan:
     settings = {
-        "suites": (),
-        "tasks": (),
-        "protocol": "",
         "selection_episodes": 6,
         "report_episodes": 6,
-        "seed": 0,
-        "num_videos": 0,
         "actors": ("policy", "wrong_instruction"),
     }
-    return make_plan(fake_point_world.make(), **{**settings, **changes})
+    return make_plan(fake_point_world.make(), Wanted(**{**settings, **changes}))
 
 
 def specs(actor="policy", policy=None, **changes):

@@ -79,7 +79,7 @@ class FakePocket:
                     split="report",
                     outcome="success" if won else "failure",
                     success=won,
-                    num_executed_steps=config.num_executed_steps,
+                    num_executed_steps=config.num_executed_steps[0],
                 )
                 if one.key not in log.rows:
                     log.append(one)

@@ -14,7 +14,7 @@ SUITES = ("pocket", "pocket_holdout")
 NUM_INIT_STATES = 50
 """Fixed init states for evaluation; the generator goes on beyond them, for demonstrations."""
 
-PROTOCOL = EpisodeProtocol(name="pocket", max_steps=150, num_settle_steps=10, image_px=128)
+PROTOCOL = EpisodeProtocol(name="pocket", max_steps=150, num_settle_steps=10, image_px=128, num_trials=NUM_INIT_STATES)
 
 
 class Pocket:

@@ -1,5 +1,6 @@
 """A policy that sees the dots, reads the instruction and trembles: the less, the more `skill` its checkpoint has."""
 
+import copy
 import json
 import sys
 import time
@@ -8,18 +9,20 @@ from pathlib import Path
 import numpy as np
 from fake_point_world import COLOURS, PX
 
+from vlatune.eval.run_folder import Checkpoint
+
 
 class FakePolicy:
     cameras = ("agentview",)
     observation_offsets = (0,)
     horizon = 10
     action_dim = 7
-    num_sampling_steps = 4
     robot = "libero_panda"
     device = "cpu"
 
     def __init__(self, skill: float, weights_hash: str, delay_s: float = 0.0, num_candidates: int = 1):
         self.skill, self.weights_hash, self.delay_s = skill, weights_hash, delay_s
+        self.num_sampling_steps = 4
         self.num_candidates = num_candidates
         self.noise_shape = (10, 7) if num_candidates == 1 else (num_candidates, 10, 7)
         self.previous_seen: list[np.ndarray] = []
@@ -30,6 +33,13 @@ class FakePolicy:
     def sampling(self):
         settings = {"solver": "euler", "num_sampling_steps": self.num_sampling_steps}
         return settings if self.num_candidates == 1 else {**settings, "num_candidates": self.num_candidates}
+
+    def with_sampling_steps(self, num_sampling_steps):
+        """One step trembles twice as much."""
+        other = copy.copy(self)
+        other.num_sampling_steps = num_sampling_steps
+        other.skill = self.skill if num_sampling_steps > 1 else 2 * self.skill - 1
+        return other
 
     def act(self, observations, noise_BHA, *, previous=None, num_executed_steps=None):
         """With several candidates: trembles as candidate 0 does at an episode's first decision, as candidate 1 at later ones."""
@@ -58,8 +68,11 @@ class FakePolicy:
         return np.stack(chunks)
 
 
-def load_policy(path: Path, device: str = "auto", num_candidates: int = 1) -> FakePolicy:
-    return FakePolicy(**json.loads((Path(path) / "fake.json").read_text()), num_candidates=num_candidates)
+def load_policy(checkpoint: Checkpoint, device: str = "auto", num_candidates: int = 1) -> FakePolicy:
+    settings = json.loads((checkpoint.path / "fake.json").read_text())
+    if checkpoint.averaged:
+        settings |= json.loads((checkpoint.path / "ema.safetensors").read_text())
+    return FakePolicy(**settings, num_candidates=num_candidates)
 
 
 def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path:
