@@ -8,12 +8,10 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from small_episodes import row
 from small_policies import make_policy
 
 from vlatune.data.cache import Cache
 from vlatune.data.language import Language
-from vlatune.eval.results import header
 from vlatune.launch.cli import COMMANDS
 from vlatune.policy.checkpoints.folder import write_policy
 from vlatune.policy.checkpoints.layout import COMPLETE
@@ -53,18 +51,13 @@ def test_the_tree_names_every_module():
     assert {path for path in tree_paths() if not (ROOT / path).exists()} == set(), "in README's tree but not there"
 
 
-SAYS = ("import results", "0.666667"), ("load_policy", "(4, 7)"), ("MyFiles", "made my_cache")
+SAYS = ("load_policy", "(4, 7)"), ("MyFiles", "made my_cache")
 """Something of a snippet, and of what it prints here."""
+ANALYSING = re.search(r"## Analysing the rows.*?(?=\n## )", README, re.DOTALL)
+"""Its Python has a test of its own: tests/eval/test_readme_snippets.py."""
 
 
 def test_the_python_runs(tmp_path):
-    rows = [
-        row(split="report", outcome=outcome, success=outcome == "success", init_state=25 + k)
-        for k, outcome in enumerate(["success", "success", "failure"])
-    ]
-    folder = tmp_path / "runs" / "quickstart" / "pocket" / "evaluation"
-    folder.mkdir(parents=True)
-    (folder / "episodes.csv").write_text(header() + "".join(each.to_line() for each in rows))
     checkpoint = tmp_path / "runs" / "quickstart" / "pocket" / "checkpoints" / "step_002400"
     checkpoint.mkdir(parents=True)
     policy = make_policy()
@@ -72,7 +65,8 @@ def test_the_python_runs(tmp_path):
     (checkpoint / COMPLETE).write_text("")
     for task in ("fold_the_towel", "open_the_box"):
         write_strangers_file(tmp_path / "demos" / task / "episode_0.hdf5", 6)
-    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert ANALYSING is not None
+    snippets = re.findall(r"```python\n(.*?)```", README.replace(ANALYSING[0], ""), re.DOTALL)
     assert len(snippets) == len(SAYS)
     for snippet in snippets:
         finished = subprocess.run(

@@ -38,6 +38,7 @@ FORMAT_VERSION = 3
 WEIGHTS, BASE, ADAPTER = "model.safetensors", "base.json", "adapter"
 EMA_ADAPTER = "ema_adapter"
 Config = TypeVar("Config")
+_ABSENT = object()
 
 
 def write_policy(
@@ -154,14 +155,24 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def _parsed(kind: type[Config], stored: object, folder: Path) -> Config:
-    """A config dataclass from its JSON; unknown and missing keys are errors, not defaults."""
+    """A config dataclass from its JSON. Unknown keys are errors; those that came later are missing in older checkpoints, and a field's
+    default is what was before it."""
     try:
         config = TypeAdapter(kind).validate_python(stored)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{folder}/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if json.loads(json.dumps(dataclasses.asdict(config))) != stored:  # type: ignore[call-overload]
+    unknown = _unknown_keys(stored, json.loads(json.dumps(dataclasses.asdict(config))))  # type: ignore[call-overload]
+    if unknown:
         raise DataError(
-            f"{folder}/config.json has keys that this vlatune's {kind.__name__} does not know or lacks some of them"
+            f"{folder}/config.json: this vlatune's {kind.__name__} does not know {', '.join(unknown)}; use the vlatune that wrote it"
         )
     return config
+
+
+def _unknown_keys(stored: object, known: object, place: str = "") -> list[str]:
+    """Where `stored` has what `known` has not, or otherwise."""
+    if isinstance(stored, dict) and isinstance(known, dict):
+        inner = [_unknown_keys(stored[key], known.get(key, _ABSENT), f"{place}{key}.") for key in stored]
+        return [name for names in inner for name in names]
+    return [] if stored == known else [place.rstrip(".")]

@@ -1,9 +1,10 @@
 """Flow matching on the straight path between an action and noise (rectified flow), as π0 and SmolVLA train it.
 
 `x = (1 - level) * action + level * noise`; the expert's output is the velocity `noise - action`, which points towards
-noise. Sampling integrates it from level 1 to 0. Lipman et al. 2023; Liu et al. 2023; Black et al. 2024 (π0).
+noise, or the action that it is made of. Sampling integrates it from level 1 to 0. Lipman et al. 2023; Liu et al. 2023; Black et al. 2024 (π0).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,10 @@ from .noise_levels import NoiseLevelLaw
 from .objective import Draw, Loss, fanned_out
 
 Solver = Literal["euler", "midpoint", "heun"]
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(points (B, H, A), levels (B,)) -> velocities."""
+LEAST_LEVEL = 0.05
+"""Below, an error of a predicted action counts as at this level: its velocity's has no bound. As Li and He (arXiv 2511.13720)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,10 @@ class Flow(NoiseLevelLaw):
     """Flow matching: a velocity at every noise level, integrated when acting."""
 
     type: Literal["flow"] = "flow"
+    prediction: Literal["velocity", "sample"] = "velocity"
+    """What the expert's output is: the velocity itself, or the action, of which the velocity is made as (x - action) / level (levels
+    below 0.05 counting as that). The loss is the velocity's either way. A sharp velocity hands the noise through, magnified, which
+    a small expert learns slowly; an action knows nothing of it. Public checkpoints predict velocities."""
     num_draws: int = 1
     """Noise draws per encoded observation: the expectation is the same, the gradient less noisy, the backbone's cost
     shared."""
@@ -47,12 +56,24 @@ class Flow(NoiseLevelLaw):
 
     def loss(self, expert: BoundExpert, actions_BHA: Tensor, valid_BHA: Tensor, draw: Draw) -> Loss:
         expert, actions_BHA, valid_BHA = fanned_out(expert, actions_BHA, valid_BHA, draw)
-        velocity_BHA = expert(mixed(actions_BHA, draw.noise_BHA, draw.noise_level_B), draw.noise_level_B)
-        error_BHA = velocity_BHA - (draw.noise_BHA - actions_BHA)
+        predicted_BHA = expert(mixed(actions_BHA, draw.noise_BHA, draw.noise_level_B), draw.noise_level_B)
+        if self.prediction == "sample":
+            # The noise cancels in the difference of velocities.
+            error_BHA = (predicted_BHA - actions_BHA) / draw.noise_level_B[:, None, None].clamp(min=LEAST_LEVEL)
+        else:
+            error_BHA = predicted_BHA - (draw.noise_BHA - actions_BHA)
         return Loss(entries_BHA=error_BHA.square(), weight_BHA=valid_BHA.to(error_BHA.dtype), metrics={})
 
     def sample(self, expert: BoundExpert, noise_BHA: Tensor) -> Tensor:
-        return integrated(expert, noise_BHA, num_steps=self.num_sampling_steps, solver=self.solver)
+        velocity = _velocity_of_sample(expert) if self.prediction == "sample" else expert
+        return integrated(velocity, noise_BHA, num_steps=self.num_sampling_steps, solver=self.solver)
+
+
+def _velocity_of_sample(expert: BoundExpert) -> Velocity:
+    def velocity(x_BHA: Tensor, level_B: Tensor) -> Tensor:
+        return (x_BHA - expert(x_BHA, level_B)) / level_B[:, None, None].clamp(min=LEAST_LEVEL)
+
+    return velocity
 
 
 def mixed(actions_BHA: Tensor, noise_BHA: Tensor, noise_level_B: Tensor) -> Tensor:
@@ -61,7 +82,9 @@ def mixed(actions_BHA: Tensor, noise_BHA: Tensor, noise_level_B: Tensor) -> Tens
     return (1 - level_B11) * actions_BHA + level_B11 * noise_BHA
 
 
-def integrated(expert: BoundExpert, noise_BHA: Tensor, *, num_steps: int, solver: Solver = "euler") -> Tensor:
+def integrated(
+    expert: BoundExpert | Velocity, noise_BHA: Tensor, *, num_steps: int, solver: Solver = "euler"
+) -> Tensor:
     """Where the expert's velocity carries noise: from level 1 to 0 in equal steps, (B, H, A)."""
 
     def velocity(x_BHA: Tensor, step: float) -> Tensor:

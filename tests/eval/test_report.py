@@ -10,11 +10,13 @@ import fake_point_world
 import fake_policy
 import pandas as pd
 import pytest
+from small_evaluations import episodes, write_csv
 
 from vlatune.data.episodes import DataError
 from vlatune.eval.episode_log import EpisodeLog
-from vlatune.eval.report.page import main, write_report
-from vlatune.eval.report.tables import by_actor, paired, ranges, read_evaluation, time_split
+from vlatune.eval.report.page import main
+from vlatune.eval.report.run_page import write_run_report
+from vlatune.eval.report.tables import Evaluation, by_actor, ranges, read_evaluation, time_split
 from vlatune.eval.results import EpisodeRow, read
 from vlatune.eval.sweep import SweepConfig, sweep
 
@@ -33,7 +35,7 @@ def run(tmp_path_factory) -> Path:
         baselines=("zero",),
     )
     sweep(config, make_benchmark=fake_point_world.make, load_policy=fake_policy.load_policy)
-    write_report(path)
+    write_run_report(path)
     return path
 
 
@@ -65,7 +67,7 @@ def test_the_page_stands_on_its_own(run):
     links.feed(page.read_text())
     assert not links.open_tags, "well-formed"
     inline = [link for link in links.sources if link.startswith("data:image/svg+xml")]
-    assert len(inline) == 4, "success, loss, controls, time"
+    assert len(inline) == 5, "success, loss, controls, time, solved over time; no heat map, as there is no grid"
     files = set(links.sources) - set(inline)
     assert all(link.startswith("../") for link in files), "relative, nothing from a network"
     assert all((page.parent / unquote(link)).is_file() for link in files)
@@ -105,7 +107,7 @@ def test_the_summary_agrees_with_the_rows(run):
 def test_equal_rows_give_an_equal_page(run):
     page = run / "evaluation" / "report" / "index.html"
     before = page.read_bytes()
-    write_report(run / "evaluation")
+    write_run_report(run / "evaluation")
     assert page.read_bytes() == before
 
 
@@ -128,7 +130,7 @@ def rows_like(run: Path, folder: Path, keep) -> None:
 
 def test_an_unfinished_sweep_has_a_report_too(run, tmp_path):
     rows_like(run, tmp_path / "half" / "evaluation", lambda row: row if row.split == "selection" else None)
-    printed = write_report(tmp_path / "half")
+    printed = write_run_report(tmp_path / "half")
     assert "has not chosen a checkpoint yet" in printed
     text = text_of(tmp_path / "half" / "evaluation" / "report" / "index.html")
     assert "No checkpoint has been chosen yet" in text and "No metrics.csv lies beside" in text
@@ -145,42 +147,54 @@ def test_a_blind_policy_that_does_as_well_is_called_out(run, tmp_path):
     rows_like(run, tmp_path / "evaluation", well)
     chosen = (run / "evaluation" / "chosen.json").read_text()
     (tmp_path / "evaluation" / "chosen.json").write_text(chosen)
-    write_report(tmp_path)
+    write_run_report(tmp_path)
     page = tmp_path / "evaluation" / "report" / "index.html"
     assert "it is not shown that the policy sees" in text_of(page)
     assert "18 episodes ended in an error" in text_of(page)
     assert "lost &lt;twice&gt;" in page.read_text(), "text from outside is escaped"
 
 
-def test_rows_of_other_settings_are_left_out(run, tmp_path):
+def test_rows_of_another_protocol_are_left_out_and_other_settings_are_candidates(run, tmp_path):
     rows_like(run, tmp_path / "evaluation", lambda row: row)
     with EpisodeLog(run / "evaluation") as source, EpisodeLog(tmp_path / "evaluation") as log:
         for row in source.rows.values():
             if row.actor == "policy":
-                log.append(replace(row, num_executed_steps=2, outcome="failure", success=False, steps_to_success=None))
+                failed = replace(row, outcome="failure", success=False, steps_to_success=None)
+                log.append(replace(failed, num_executed_steps=2))
+                log.append(replace(failed, protocol="long"))
     (tmp_path / "evaluation" / "chosen.json").write_text((run / "evaluation" / "chosen.json").read_text())
     evaluation, original = read_evaluation(tmp_path), read_evaluation(run)
     assert evaluation.num_other_rows == 2 * 12 + 18
     pd.testing.assert_frame_equal(by_actor(evaluation), by_actor(original))
+    write_run_report(tmp_path)
+    page = tmp_path / "evaluation" / "report" / "index.html"
+    assert "Success of step_000200 over denoising steps and executed actions" in page.read_text(), "a heat map"
+    text = text_of(page)
+    assert "step_000200, H 8 ← chosen" in text and "step_000200, H 2 0 %" in text
+    assert "42 rows of episodes.csv were run under another protocol or seed" in text
 
 
-def frame_of(**columns) -> pd.DataFrame:
-    size = len(columns["init_state"])
-    plain = {
-        "suite": "s",
-        "task_id": 0,
-        "seed": 0,
-        "outcome": ["success" if won else "failure" for won in columns["success"]],
-    }
-    return pd.DataFrame({**plain, **columns}, index=range(size)).astype({"success": "boolean"})
+def test_a_control_is_paired_with_the_policy():
+    def ended(actor: str, solved: list[bool]) -> list[EpisodeRow]:
+        rows = episodes("demo", "step_000100", 1.0, num_tasks=1, num_episodes=len(solved), actor=actor)
+        return [replace(row, outcome="success" if won else "failure") for row, won in zip(rows, solved, strict=True)]
 
-
-def test_pairs_are_the_same_episodes():
-    first = frame_of(init_state=list(range(17)), success=[True] * 12 + [False] * 4 + [True])
-    second = frame_of(init_state=list(range(16)), success=[False] * 12 + [True] * 3 + [False])
-    found = paired(first, second.sample(frac=1, random_state=0))
+    policy = ended("policy", [True] * 12 + [False] * 4 + [True])
+    blind = ended("blind", [False] * 12 + [True] * 3 + [False])
+    rows = pd.DataFrame([vars(row) for row in policy + blind])
+    settings = {name: getattr(policy[0], name) for name in ("sampling", "num_executed_steps")}
+    chosen = {"weights_hash": policy[0].weights_hash, "settings": settings}
+    table = by_actor(Evaluation(folder=Path(), rows=rows, num_other_rows=0, chosen=chosen, metrics=None))
+    found = table.set_index("actor").loc["blind"]
     assert (found["pairs"], found["only_policy"], found["only_other"]) == (16, 12, 3)
     assert round(found["p_value"], 3) == 0.035
+
+
+def test_a_converted_checkpoint_has_no_step(tmp_path):
+    rows = episodes("demo", "step_000001", 0.5, split="selection")
+    converted = [replace(row, step=None, checkpoint="pi05_libero") for row in rows]
+    write_csv(tmp_path / "demo" / "evaluation" / "episodes.csv", converted)
+    assert "pi05_libero" in write_run_report(tmp_path / "demo")
 
 
 def test_the_time_of_an_episode_is_split_without_recorded_ones(run):
@@ -199,13 +213,13 @@ def test_ranges():
 def test_no_sweep_to_report(tmp_path):
     run = fake_policy.write_run(tmp_path / "demo", {100: 1.0})
     with pytest.raises(DataError, match=r"no episodes\.csv at .*demo; `vlatune sweep RUN`"):
-        write_report(run)
+        write_run_report(run)
     EpisodeLog(run / "evaluation").close()
     with pytest.raises(DataError, match=r"has no episode yet; `vlatune sweep .*demo` runs them"):
-        write_report(run)
+        write_run_report(run)
     with pytest.raises(DataError, match=r"there is no run folder .*demmo; did you mean .*demo\?"):
         main([str(tmp_path / "demmo")])
-    with pytest.raises(ValueError, match="no run folder was given"):
+    with pytest.raises(ValueError, match="no run was given"):
         main([])
 
 

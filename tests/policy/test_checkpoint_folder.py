@@ -82,8 +82,16 @@ def test_unknown_config_keys_are_refused(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["policy"]["objective"]["tempo"] = 3
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"config\.json has keys that this vlatune's PolicyConfig does not know"):
+    with pytest.raises(DataError, match=r"this vlatune's PolicyConfig does not know objective\.tempo; use the vlatune"):
         load_policy(checkpoint, device="cpu")
+
+
+def test_config_keys_that_came_later_have_their_defaults(checkpoint):
+    before = load_policy(checkpoint, device="cpu").policy.config
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["policy"]["gripper_weight"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert load_policy(checkpoint, device="cpu").policy.config == before
 
 
 @pytest.mark.parametrize(

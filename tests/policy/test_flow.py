@@ -28,6 +28,7 @@ FAMILY = {
         num_sampling_steps=2,
     ),
     "flow, heun": Flow(noise_levels="uniform", solver="heun", num_sampling_steps=2),
+    "flow, clean action": Flow(prediction="sample", noise_levels="uniform", num_sampling_steps=2),
     "one step": OneStep(),
     "one step, l1, mixture": OneStep(error="l1", pure_noise_share=0.5, num_sampling_steps=2),
     "shortcut": Shortcut(num_base_steps=16, bootstrap_share=0.5, clip=4.0, num_sampling_steps=2),
@@ -113,6 +114,29 @@ def test_samples_have_the_known_spread(solver, num_steps, std):
         assert torch.allclose(samples, G.mean + G.euler_std(num_steps) * noise, rtol=0, atol=1e-12)
     calls = {"euler": num_steps, "midpoint": 2 * num_steps, "heun": 2 * num_steps - 1}
     assert len(expert.levels) == calls[solver]
+
+
+def test_a_predicted_action_is_the_velocity_in_other_words():
+    """The action that the exact velocity implies gives its samples, and its loss above the least level; below, less."""
+    actions, laws = G.actions(20_000, 10, 3), {"noise_levels": "uniform"}
+    draw = Flow(**laws).draw(actions, keys(len(actions)))
+    as_action = ClosedFormExpert(lambda x, level: x - level * G.velocity(x, level))
+    entries = [
+        objective.loss(expert, actions, valid_like(actions), draw).entries_BHA
+        for objective, expert in (
+            (Flow(**laws), ClosedFormExpert(G.velocity)),
+            (Flow(prediction="sample", **laws), as_action),
+        )
+    ]
+    above = draw.noise_level_B >= 0.05
+    torch.testing.assert_close(entries[1][above], entries[0][above], rtol=1e-3, atol=1e-4)
+    assert (entries[1][~above] <= entries[0][~above] + 1e-4).all()
+    noise = seeded_normal(100, 10, 3)
+    samples = [
+        Flow(prediction=prediction).sample(expert, noise)
+        for prediction, expert in (("velocity", ClosedFormExpert(G.velocity)), ("sample", as_action))
+    ]
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-4, atol=1e-5)
 
 
 def test_euler_steps_on_two_modes():

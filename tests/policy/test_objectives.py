@@ -21,6 +21,7 @@ from vlatune.policy.presets import PRESETS
 OBJECTIVES = {
     "flow": Flow(num_sampling_steps=2),
     "flow, two draws, Heun": Flow(num_draws=2, num_sampling_steps=2, solver="heun"),
+    "flow, clean action": Flow(prediction="sample", num_sampling_steps=2),
     "one step": OneStep(),
     "shortcut": Shortcut(num_draws=2),
     "l1": Regression(),

@@ -93,23 +93,27 @@ def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path
 
 
 def main() -> None:
-    """A sweep of fakes as a process of its own, to be killed: fake_policy.py RUN TROUBLE."""
+    """A sweep of fakes as a process of its own, to be killed: fake_policy.py RUN TROUBLE [episodes of the selection half]."""
     from functools import partial
 
     import fake_point_world
 
+    from vlatune.data.episodes import DataError
     from vlatune.eval.sweep import SweepConfig, sweep
 
     config = SweepConfig(
         runs=(Path(sys.argv[1]),),
-        selection_episodes=4,
+        selection_episodes=int(sys.argv[3]) if len(sys.argv) > 3 else 4,
         report_episodes=5,
         controls=True,
         videos=0,
         num_workers=2,
         batch_size=2,
     )
-    sweep(config, make_benchmark=partial(fake_point_world.make, Path(sys.argv[2])), load_policy=load_policy)
+    try:
+        sweep(config, make_benchmark=partial(fake_point_world.make, Path(sys.argv[2])), load_policy=load_policy)
+    except DataError as problem:
+        sys.exit(f"fake sweep: {problem}")
 
 
 if __name__ == "__main__":
