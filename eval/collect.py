@@ -119,7 +119,7 @@ def collect(config: Collect) -> None:
         if missing:
             workers = min(config.workers or os.cpu_count() or 1, config.episodes)
             spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+            with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker) as pool:
                 try:
                     tally = Tally(bar=bar)
                     for task in missing:
@@ -219,7 +219,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Ctrl-C is the parent's business; and no worker outlives its parent, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -21,7 +21,7 @@ from ...data.robots.card import RobotCard
 from ...data.robots.libero_panda import MEASURED
 from ...data.robots.state import assemble_state, check_parts
 from ...data.rotations import quaternion_to_axis_angle
-from .benchmark import EpisodeProtocol, SimObservation, Task
+from .benchmark import EpisodeProtocol, FixturePose, SimObservation, Task
 from .libero_library import libero_envs, robosuite
 from .progress import Progress
 
@@ -87,6 +87,54 @@ class LiberoEnvironment:
         self._progress = Progress(self.domain)
 
     def reset(self, init_state: int, seed: int) -> SimObservation:
+        return self._start(
+            seed,
+            lambda after_reset: self._init_state(after_reset, init_state),
+            num_settle_steps=self.protocol.num_settle_steps,
+        )
+
+    def reset_to(
+        self,
+        state: np.ndarray,
+        seed: int,
+        *,
+        gripper_command: float = -1.0,
+        fixtures: Mapping[str, FixturePose] | None = None,
+        render: bool = True,
+    ) -> SimObservation:
+        """Start from a flattened simulator state, without settling.
+
+        What such a state does not hold is given beside it. `gripper_command`: where the gripper's slow command stands, from -1
+        (open) to 1 (closed); a control step takes it a quarter of 1 further. `fixtures`: where furniture stands that a seed alone
+        would put elsewhere. With both right, an episode goes on as it did, bit for bit (`tests/eval/test_replay.py`)."""
+        observation = self._start(
+            seed,
+            lambda _: state,
+            num_settle_steps=0,
+            gripper_command=gripper_command,
+            fixtures=fixtures or {},
+            render=render,
+        )
+        for robot in self.domain.robots:
+            # Or its first goal would be relative to the pose before the state was set, which in `reset` the settling forgets.
+            robot.controller.new_update = True
+        return observation
+
+    def show(self, state: np.ndarray, *, render: bool) -> SimObservation:
+        """What is seen and measured in a flattened simulator state, just then. Call `reset` or `reset_to` before stepping."""
+        self._want_images = render
+        return self._observation(self._observables_in(state))
+
+    def _start(
+        self,
+        seed: int,
+        start_state: Callable[[np.ndarray], np.ndarray],
+        *,
+        num_settle_steps: int,
+        gripper_command: float = 0.0,
+        fixtures: Mapping[str, FixturePose] | None = None,
+        render: bool = True,
+    ) -> SimObservation:
         start = time.perf_counter()
         self.physics_s = self.render_s = 0.0
         domain = self.domain
@@ -103,14 +151,12 @@ class LiberoEnvironment:
                 f"{self.task.name}: objects could not be placed in {PLACEMENT_TRIES} tries (seed {seed})"
             )
         for robot in domain.robots:
-            robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        domain.sim.set_state_from_flattened(self._init_state(self.mujoco_state(), init_state))
-        domain.sim.forward()
-        domain._post_process()
-        num_settle_steps = self.protocol.num_settle_steps
-        self._want_images = num_settle_steps == 0
-        domain._update_observables(force=True)
-        observables = domain._get_observations()
+            robot.gripper.current_action = gripper_command * np.array([-1.0, 1.0])
+        for body, (position, quaternion) in (fixtures or {}).items():
+            body_id = domain.sim.model.body_name2id(body)
+            domain.sim.model.body_pos[body_id], domain.sim.model.body_quat[body_id] = position, quaternion
+        self._want_images = render and num_settle_steps == 0
+        observables = self._observables_in(start_state(self.mujoco_state()))
         for k in range(num_settle_steps):
             self._want_images = k == num_settle_steps - 1
             observables, _, _, _ = domain.step(self._settle_action)
@@ -125,6 +171,16 @@ class LiberoEnvironment:
         self._progress.update()
         self.physics_s += time.perf_counter() - start - (self.render_s - rendered_s)
         return self._observation(observables)
+
+    def _observables_in(self, state: np.ndarray) -> dict[str, np.ndarray]:
+        """robosuite's observables after `state` was set."""
+        domain = self.domain
+        domain.sim.set_state_from_flattened(state)
+        domain.sim.forward()
+        domain._post_process()
+        domain._update_observables(force=True)
+        observables: dict[str, np.ndarray] = domain._get_observations()
+        return observables
 
     def mujoco_state(self) -> np.ndarray:
         state: np.ndarray = self.domain.sim.get_state().flatten()
@@ -200,6 +256,8 @@ class LiberoEnvironment:
                 images[names[name]] = value
         for name in self.domain.fixtures_dict:
             low_dim[f"{name}_pos"] = self.domain.sim.data.body_xpos[self.domain.obj_body_id[name]].copy()
+        for name in self.domain.object_sites_dict:
+            low_dim[f"{name}_pos"] = self.domain.sim.data.get_site_xpos(name).copy()
         return SimObservation(
             images=images,
             state_S=assemble_state(self.robot, state_parts(low_dim)),
