@@ -33,9 +33,13 @@ def make_decide(
     if key.actor == "zero":
         still_1A = np.asarray(environment.robot.still_action, np.float32)[None]
         return lambda decision, raw, seen: still_1A
+    if key.actor == "random":
+        rng, limit_A = np.random.default_rng(np.frombuffer(key.digest(), np.uint32)), environment.robot.action_limit
+        shape = (1, len(environment.robot.still_action))
+        return lambda decision, raw, seen: rng.uniform(-1, 1, shape) * limit_A
     if key.actor not in POLICY_ACTORS:
         raise ValueError(
-            f"there is no actor {key.actor!r}; there are {', '.join((*POLICY_ACTORS, 'scripted', 'zero'))}"
+            f"there is no actor {key.actor!r}; there are {', '.join((*POLICY_ACTORS, 'scripted', 'zero', 'random'))}"
         )
 
     def decide(decision: int, raw: RawObservation, seen: SimObservation) -> np.ndarray:

@@ -3,7 +3,8 @@
 import csv
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Self
 
@@ -46,6 +47,15 @@ class EpisodeLog:
                 f"could not write to {self.path}: {problem}; its {len(self.rows)} rows are kept"
             ) from problem
         self.rows[row.key] = row
+
+    def add_videos(self, videos: Mapping[EpisodeKey, str]) -> None:
+        """The paths of episodes that were recorded after their rows had been written."""
+        os.close(self._file)
+        try:
+            self.rows |= {key: replace(self.rows[key], video=video) for key, video in videos.items()}
+            write_rows(self.path, self.rows.values())
+        finally:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def close(self) -> None:
         os.close(self._file)

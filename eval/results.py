@@ -59,7 +59,7 @@ class EpisodeRow:
     """Digest of the weights that acted (adapter and EMA choice included); empty without a policy."""
     actor: str
     """Who chose the actions: `policy`, `untrained` (the policy before its first step), `blind` (images black),
-    `wrong_instruction`, `scripted` (an expert that knows true poses) or `zero` (no motion)."""
+    `wrong_instruction`, `scripted` (an expert that knows true poses), `zero` (no motion) or `random` (uniform in the robot's limits)."""
     benchmark: str
     suite: str
     task_id: int

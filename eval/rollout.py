@@ -47,12 +47,13 @@ def roll_out(
     num_executed_steps: int,
     observation_offsets: tuple[int, ...] = (0,),
     temporal_ensemble: float | None = None,
+    reads_images: bool = True,
     render_every_step: bool = False,
     on_step: OnStep | None = None,
     on_end: Callable[[SimObservation], None] | None = None,
 ) -> EpisodeOutcome:
     """Run one episode: a decision at every `num_executed_steps`-th step. Cameras are rendered only for the steps whose images a decision
-    reads, unless `render_every_step`.
+    reads (none, if it `reads_images` not), unless `render_every_step`.
 
     `observation_offsets` are the control steps, relative to a decision, whose observations it gets (0 or less, the last one 0).
     With a coefficient for `temporal_ensemble` (temporal_ensemble.py) an action is the mean of what all chunks planned for its step.
@@ -84,7 +85,7 @@ def roll_out(
             if on_step is not None:
                 on_step(len(actions), observation, environment.mujoco_state(), action_A)
             actions.append(action_A)
-            is_read = any((len(actions) - offset) % num_executed_steps == 0 for offset in observation_offsets)
+            is_read = reads_images and any((len(actions) - o) % num_executed_steps == 0 for o in observation_offsets)
             observation = environment.step(action_A, render=render_every_step or is_read)
             seen.append(observation)
             if observation.success:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .actors import POLICY_ACTORS
+from .benchmarks.benchmark import Task
 from .candidates import Candidate, best_of, candidates_of
 from .choice import SelectionRows, count, line, write_choice
 from .episode_log import EpisodeLog, read_rows
@@ -17,7 +19,7 @@ from .racing import Episode, Race, in_blocks
 from .results import FILE_NAME, EpisodeKey, EpisodeRow
 from .run_folder import Checkpoint, RunFolder
 from .shards import Shard
-from .sweep_plan import Split, SweepPlan, executed_steps
+from .sweep_plan import Split, SweepPlan, executed_steps, video_stem
 from .sweep_rows import installed_versions, row_of
 from .workers import EpisodeSpec, SimulatorError, WorkerPool
 
@@ -170,7 +172,37 @@ class RunSweep:
         candidate: Candidate | None = chosen if actor in POLICY_ACTORS else None
         if actor == "untrained":
             candidate = replace(chosen, checkpoint=self._run.untrained())
-        return self._episodes("report", actor, candidate, bar)
+        rows = self._episodes("report", actor, candidate, bar)
+        self._record_failures(actor, candidate, bar)
+        return rows
+
+    def _record_failures(self, actor: str, candidate: Candidate | None, bar: "tqdm") -> None:
+        """What went wrong is what people look for: of each task as many failures as `videos` says are recorded. Run once more, an episode
+        is the same."""
+        recorded: Counter[Task] = Counter()
+        specs = {}
+        for spec in self._specs("report", actor, candidate):
+            row = self._log.rows.get(spec.key)
+            if row is not None and row.outcome == "failure" and recorded[spec.task] < self._plan.num_videos:
+                recorded[spec.task] += 1
+                if not row.video:
+                    checkpoint = candidate.checkpoint if candidate else None
+                    stem = video_stem(spec.key, spec.task, checkpoint, self._log.path.parent / "videos")
+                    specs[spec.key] = replace(spec, video=stem)
+        _expect(bar, len(specs))
+        bar.set_description(f"{actor}: recording failures")
+        videos = {}
+        for result in self._pool.run(list(specs.values()), self._serve(candidate) if candidate else None):
+            bar.update()
+            if result.video is None:
+                continue
+            if result.outcome is not None and result.outcome.success:
+                bar.write(f"{result.video.name}: not the failure that its row says; the device does not repeat itself")
+                result.video.unlink()
+                continue
+            videos[result.spec.key] = result.video.relative_to(self._log.path.parent).as_posix()
+        if videos:
+            self._log.add_videos(videos)
 
     def _episodes(self, split: Split, actor: str, candidate: Candidate | None, bar: "tqdm") -> list[EpisodeRow]:
         """The rows of one actor on one half: those that are there, and the rest (of this shard's part) run now."""

@@ -66,12 +66,13 @@ class SweepConfig:
     """With --race: the probability with which the best candidate is dropped, at most."""
     controls: bool = False
     """Also judge the untrained policy (step 0), and the chosen one blind and with another task's instruction."""
-    baselines: tuple[Literal["scripted", "zero"], ...] = ()
-    """Actors without a policy to judge beside it: `scripted` (an expert that knows true poses), `zero` (no motion)."""
+    baselines: tuple[Literal["scripted", "zero", "random"], ...] = ()
+    """Actors without a policy to judge beside it: `scripted` (an expert that knows true poses), `zero` (no motion), `random` (any)."""
     seed: int = 0
     """Seeds every reset; part of each episode's key."""
     videos: int = 1
-    """Episodes recorded per task, candidate and actor in each half. Recording renders every step, which is slow."""
+    """Episodes recorded per task, candidate and actor in each half, and as many failures per task on the report half. Recording renders
+    every step, which is slow."""
     watch: bool = False
     """Evaluate checkpoints as training writes them, and choose once it has written the last."""
     shard: str = ""

@@ -78,14 +78,6 @@ class SweepPlan:
                     num_sampling_steps=policy.num_sampling_steps if policy else None,
                     num_executed_steps=num_executed_steps,
                 )
-                name = "__".join(
-                    (
-                        checkpoint.name if checkpoint else "no_checkpoint",
-                        f"{task.suite}_task{task.task_id:02d}_{task.name}"[:80],
-                        f"init{init_state:02d}",
-                        f"{actor}_{key.digest().hex()[:8]}",
-                    )
-                )
                 specs.append(
                     EpisodeSpec(
                         key=key,
@@ -95,7 +87,7 @@ class SweepPlan:
                         cameras=policy.cameras if policy else (),
                         observation_offsets=policy.observation_offsets if policy else (0,),
                         temporal_ensemble=self.temporal_ensemble if policy else None,
-                        video=videos / name if k < self.num_videos else None,
+                        video=video_stem(key, task, checkpoint, videos) if k < self.num_videos else None,
                     )
                 )
         return specs
@@ -105,6 +97,18 @@ class SweepPlan:
         if self.temporal_ensemble is not None:
             settings["temporal_ensemble"] = self.temporal_ensemble
         return json.dumps(settings, sort_keys=True)
+
+
+def video_stem(key: EpisodeKey, task: Task, checkpoint: Checkpoint | None, videos: Path) -> Path:
+    """The episode's video, as `EpisodeSpec.video` names it: no two episodes share one."""
+    return videos / "__".join(
+        (
+            checkpoint.name if checkpoint else "no_checkpoint",
+            f"{task.suite}_task{task.task_id:02d}_{task.name}"[:80],
+            f"init{key.init_state:02d}",
+            f"{key.actor}_{key.digest().hex()[:8]}",
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

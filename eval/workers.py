@@ -182,6 +182,7 @@ def _run_episode(
             num_executed_steps=key.num_executed_steps,
             observation_offsets=spec.observation_offsets,
             temporal_ensemble=spec.temporal_ensemble,
+            reads_images=bool(spec.cameras),
             render_every_step=recorder is not None,
             on_step=recorder.on_step if recorder else None,
             on_end=recorder.on_end if recorder else None,

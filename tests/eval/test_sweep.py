@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> Path:
     """A run whose sweep has finished, with videos and a baseline."""
     run = fake_policy.write_run(tmp_path_factory.mktemp("runs") / "demo", SKILLS)
     (run / "checkpoints" / "step_000400").mkdir()  # being written: no COMPLETE
-    run_sweep(run, videos=1, baselines=("zero",))
+    run_sweep(run, videos=1, baselines=("zero", "random"))
     return run
 
 
@@ -59,6 +59,7 @@ def test_every_checkpoint_task_and_state_is_one_row(finished):
         "blind": 15,
         "wrong_instruction": 15,
         "zero": 15,
+        "random": 15,
     }
     key = ["weights_hash", "actor", "task_id", "init_state", "seed"]
     assert not frame.duplicated(key).any()
@@ -105,7 +106,13 @@ def test_videos_say_what_they_show_and_none_overwrites_another(finished):
     folder = finished / "evaluation"
     frame = read(finished)
     recorded = frame[frame["video"] != ""]
-    assert len(recorded) == 3 * 3 + 5 * 3, "one per task, checkpoint and actor in each half"
+    first = recorded["init_state"].isin([0, 10])
+    assert len(recorded[first]) == 3 * 3 + 6 * 3, "one per task, checkpoint and actor in each half"
+    assert set(recorded[~first]["outcome"]) == {"failure"}, "and one failure per task, if the first was none"
+    judged = frame[frame["split"] == "report"].groupby(["actor", "task_id"])
+    for _, rows in judged:
+        failures = rows[rows["outcome"] == "failure"]
+        assert len(failures) == 0 or (failures["video"] != "").any()
     assert recorded["video"].is_unique
     assert {f"videos/{path.name}" for path in (folder / "videos").glob("*.mp4")} == set(recorded["video"])
     for row in recorded.itertuples():
@@ -115,7 +122,7 @@ def test_videos_say_what_they_show_and_none_overwrites_another(finished):
 
 def test_a_finished_sweep_runs_nothing_again(finished):
     before = (finished / "evaluation" / "episodes.csv").read_bytes()
-    run_sweep(finished, baselines=("zero",))
+    run_sweep(finished, baselines=("zero", "random"))
     assert (finished / "evaluation" / "episodes.csv").read_bytes() == before
 
 
