@@ -147,7 +147,7 @@ def profile(config: ProfileConfig, *, make_benchmark: MakeBenchmark | None = Non
                 texts=policy.language.known_texts,
             )
         latencies = []
-        for size in sorted(config.batch_sizes, reverse=True):
+        for size in sorted(config.batch_sizes):
             for setting in settings:
                 bar.set_description(f"batch {size}, sampling steps {setting.num_sampling_steps}")
                 latencies.append(
