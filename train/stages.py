@@ -11,6 +11,7 @@ from ..policy.checkpoints.folder import read_policy
 from ..policy.checkpoints.layout import checkpoint_name
 from ..policy.checkpoints.pretrained import load_pretrained
 from ..policy.policy import Policy
+from .calibration import calibrate
 from .checkpoint import resumable_checkpoints
 from .config import PlannedStage, TrainConfig
 from .engine import rank
@@ -43,6 +44,8 @@ def stage_policy(config: TrainConfig, planned: PlannedStage, data: TrainingData,
                 print(f"{source.source}: {source.num_tensors} tensors of {', '.join(source.parts)}")
             if untouched:
                 print(f"random weights: {', '.join(untouched)}")
+    if filled and planned.first_step == 0:
+        calibrate(policy, data)
     set_trained(policy, planned.stage.trained, planned.stage.lora)
     if data.features is not None:
         if not filled:

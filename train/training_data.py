@@ -89,6 +89,12 @@ class TrainingData:
             return ChunkLoader(caches[0], config, features=None if features is None else features[0], **place)
         return MixtureLoader(caches, weights, config, features=features, **place)
 
+    def first_samples(self, count: int) -> Batch:
+        """Of the training order, the same on every rank; all where there are fewer."""
+        config = replace(self.loader_config, batch_size=min(count, self.loader.num_samples))
+        alone = replace(self, rank=0, world_size=1)
+        return alone._loader(config, range(len(self.caches)), self.config.cache_weights).batch(0)
+
     def batches(self, first_step: int, device: torch.device) -> Iterator[Batch]:
         """Micro-batches without end from optimizer step `first_step` on, on the `device` if that is a GPU."""
         num_first = self.config.overfit_batches

@@ -32,6 +32,9 @@ class FusionConfig:
     """Hidden features of the fusion MLP."""
     width: int = 512
     """Features of the condition."""
+    standardise: bool = False
+    """Bring each token feature to mean 0 and deviation 1 over training data, measured once before the first step. Frozen embeddings lie in a
+    narrow cone: what tells two pictures apart is a few percent of them, which an MLP finds slowly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,11 @@ class Fusion(nn.Module):
         num_inputs = sum(
             width * (config.num_image_tokens if kind == "image" else 1) for kind, width in prefix.tokens.items()
         )
+        self.token_mean: nn.Parameter | None = None
+        self.token_std: nn.Parameter | None = None
+        if config.standardise:  # parameters that nobody trains: they travel with the weights
+            self.token_mean = nn.Parameter(torch.zeros(num_inputs), requires_grad=False)
+            self.token_std = nn.Parameter(torch.ones(num_inputs), requires_grad=False)
         # A state may be all pose or have none.
         self.pose_mlp = silu_mlp(len(dims), config.state_width, config.state_width) if dims else None
         self.proprioception_mlp = silu_mlp(len(rest), config.state_width, config.state_width) if rest else None
@@ -101,13 +109,46 @@ class Fusion(nn.Module):
     def forward(self, prefix: Prefix) -> Tensor:
         """(B, C) in the parameters' dtype; raises ValueError if the prefix lacks what is read or has other image tokens."""
         dtype = next(self.parameters()).dtype
-        parts = [self._joined(kind, *tokens).to(dtype) for kind, tokens in read_tokens(prefix, self.kinds).items()]
+        parts = [self._tokens(prefix).to(dtype)]
         state_BS = newest_state(prefix).to(dtype)
         for mlp, dims in ((self.pose_mlp, self.pose_dims), (self.proprioception_mlp, self.proprioception_dims)):
             if mlp is not None:
                 parts.append(mlp(state_BS.index_select(-1, dims)))
         condition_BC: Tensor = self.fusion_mlp(torch.cat(parts, dim=-1))
         return condition_BC
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.token_mean is not None and bool(self.token_mean.any())
+
+    def calibrate(self, prefix: Prefix) -> None:
+        """Measure mean and deviation of what is standardised, over the rows of `prefix`. A feature that does not vary there is centred and
+        keeps its scale."""
+        assert self.token_mean is not None and self.token_std is not None, "nothing is standardised"
+        tokens_BW, there_BW = self._joined_tokens(prefix)
+        num_W = there_BW.sum(dim=0).clamp(min=1)
+        mean_W = (tokens_BW * there_BW).sum(dim=0) / num_W
+        std_W = (((tokens_BW - mean_W) * there_BW).square().sum(dim=0) / num_W).sqrt()
+        with torch.no_grad():
+            self.token_mean.copy_(mean_W)
+            self.token_std.copy_(torch.where(std_W > 1e-3 * mean_W.abs() + 1e-6, std_W, 1.0))
+
+    def _tokens(self, prefix: Prefix) -> Tensor:
+        tokens_BW, there_BW = self._joined_tokens(prefix)
+        if self.token_mean is None or self.token_std is None:
+            return tokens_BW
+        return (tokens_BW - self.token_mean) / self.token_std * there_BW
+
+    def _joined_tokens(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Tokens of all kinds, one vector a row, and 1 where they are there, 0 where an absent camera leaves zeros."""
+        joined, there = [], []
+        for kind, (features_BND, mask_BN) in read_tokens(prefix, self.kinds).items():
+            joined.append(self._joined(kind, features_BND, mask_BN))
+            mask_BN1 = (
+                mask_BN[..., None] if joined[-1].shape[1] > features_BND.shape[2] else mask_BN.any(1)[:, None, None]
+            )
+            there.append(mask_BN1.expand(-1, -1, features_BND.shape[2]).flatten(1).to(features_BND.dtype))
+        return torch.cat(joined, dim=-1), torch.cat(there, dim=-1)
 
     def _joined(self, kind: str, features_BND: Tensor, mask_BN: Tensor) -> Tensor:
         """One vector per row: image tokens side by side, other tokens by their mean."""
@@ -143,7 +184,13 @@ class MLPExpert(nn.Module):
         self.velocity_mlp = silu_mlp(chunk + level_width + condition_width, *hidden, chunk)
 
     def unread_parameters(self) -> list[nn.Parameter]:
-        return []
+        return [] if self.standardised is None else list(self.standardised.parameters(recurse=False))
+
+    @property
+    def standardised(self) -> Fusion | None:
+        """What must be calibrated before the first step."""
+        fusion = self.condition
+        return fusion if isinstance(fusion, Fusion) and fusion.config.standardise else None
 
     def bind(self, prefix: Prefix) -> "BoundMLPExpert":
         """Raises ValueError if the prefix lacks tokens or proprioception, or has other image tokens than the fusion reads."""

@@ -104,7 +104,7 @@ def test_averaged_weights_compete_with_the_raw_ones(tmp_path):
 
 def test_an_average_that_was_not_kept(tmp_path):
     run = fake_policy.write_run(tmp_path / "demo", {100: 0.2})
-    with pytest.raises(DataError, match=r"step_000100 has no ema.safetensors: .*sweep with --weights raw"):
+    with pytest.raises(DataError, match=r"step_000100 has no ema.safetensors: .*give --weights raw"):
         run_sweep(run, weights=("ema",))
 
 

@@ -46,6 +46,28 @@ def make_noisy():
     return torch.randn(3, 4, 7, generator=random), torch.rand(3, generator=random)
 
 
+def test_standardised_tokens_have_mean_0_and_deviation_1_where_they_are():
+    fusion = make_expert(dataclasses.replace(SMALL, fusion=dataclasses.replace(FUSION, standardise=True))).standardised
+    random = torch.Generator().manual_seed(5)
+    narrow = 3 + torch.randn(12, generator=random) + 0.02 * torch.randn(64, 2, 12, generator=random)
+    there_BN = torch.tensor([True, True]).expand(64, 2).clone()
+    there_BN[40:, 1] = False
+    instruction = torch.randn(1, 5, 10, generator=random).expand(64, 5, 10)  # one for all: nothing varies
+    tokens = {"image": (narrow, there_BN), "language": (instruction, torch.ones(64, 5, dtype=torch.bool))}
+    prefix = Prefix(tokens=tokens, state_BTS=torch.randn(64, 1, 8, generator=random))
+    assert not fusion.is_calibrated
+    fusion.calibrate(prefix)
+    assert fusion.is_calibrated
+    found_BW = fusion._tokens(prefix)
+    first, second, language = found_BW.split([12, 12, 10], dim=-1)
+    for camera, rows in ((first, slice(None)), (second, slice(40))):
+        torch.testing.assert_close(camera[rows].mean(0), torch.zeros(12), atol=1e-3, rtol=0)
+        torch.testing.assert_close(camera[rows].std(0, correction=0), torch.ones(12), atol=1e-3, rtol=0)
+    assert not second[40:].any(), "an absent camera stays zeros"
+    torch.testing.assert_close(language, torch.zeros(64, 10), atol=1e-4, rtol=0)
+    assert all(not parameter.requires_grad for parameter in (fusion.token_mean, fusion.token_std))
+
+
 @pytest.mark.parametrize("condition", ["pooling", "fusion"])
 def test_masked_tokens_change_nothing_and_valid_ones_do(condition):
     expert, prefix = make_expert(dataclasses.replace(SMALL, condition=condition)), make_prefix()
