@@ -1,7 +1,7 @@
 """Pictures from a simulator's process to the policy's through memory that both see.
 
-Through a pipe a decision's two 256-pixel pictures cost the one process that serves all simulators 0.6 ms (BENCHMARKS.md). The memory has
-no name: nothing is left behind, however the processes end."""
+Through a pipe a decision's two 256-pixel pictures take four times as much of the one process that serves all simulators
+(tests/bench/picture_transport.py). The memory has no name: nothing is left behind, however the processes end."""
 
 import mmap
 import os
