@@ -55,4 +55,4 @@ def line(name: str, rows: Sequence[EpisodeRow], mark: str = "") -> str:
     low, high = wilson(successes, ended)
     share = f"{100 * successes / ended:5.1f} %" if ended else "    –  "
     errors = f", {len(rows) - ended} errors" if ended < len(rows) else ""
-    return f"  {name:<20} {share}  [{100 * low:5.1f}, {100 * high:5.1f}]  {successes}/{ended}{errors}{mark}"
+    return f"  {name:<32} {share}  [{100 * low:5.1f}, {100 * high:5.1f}]  {successes}/{ended}{errors}{mark}"

@@ -217,8 +217,8 @@ def test_the_table_that_is_printed(tmp_path, capsys):
     run = fake_policy.write_run(tmp_path / "demo", {0: 0.0, 100: 1.0})
     run_sweep(run)
     printed = capsys.readouterr().out
-    assert "step_000100          100.0 %  [ 75.8, 100.0]  12/12  <- chosen" in printed
-    assert "policy               100.0 %  [ 79.6, 100.0]  15/15" in printed
+    assert "step_000100                      100.0 %  [ 75.8, 100.0]  12/12  <- chosen" in printed
+    assert "policy                           100.0 %  [ 79.6, 100.0]  15/15" in printed
     assert "wrong_instruction" in printed
 
 

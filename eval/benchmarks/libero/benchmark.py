@@ -1,4 +1,4 @@
-"""LIBERO's five suites, under the two protocols by which results are published."""
+"""LIBERO's five suites, under the protocols by which results are published."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from ....data.robots.card import RobotCard
 from ....data.robots.libero_panda import LIBERO_PANDA
 from ....data.sources.libero_hdf5 import language_of
-from ..benchmark import Environment, EpisodeProtocol, NoExpert, ScriptedExpert, Task
+from ..benchmark import Environment, EpisodeProtocol, ScriptedExpert, Task
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 OPENVLA_MAX_STEPS = {
@@ -20,8 +20,8 @@ OPENVLA_MAX_STEPS = {
 }
 """About the longest demonstration of each suite, and a bit; OpenVLA, -OFT and openpi all use these."""
 NUM_INIT_STATES = 50
-SETTLE_ACTIONS = {"openvla": LIBERO_PANDA.still_action, "libero": (0.0,) * 7}
-"""OpenVLA's holds the gripper open while the scene settles; LIBERO's own leaves it half-way."""
+SETTLE_ACTIONS = {"openvla": LIBERO_PANDA.still_action, "lerobot": LIBERO_PANDA.still_action, "libero": (0.0,) * 7}
+"""OpenVLA's and LeRobot's hold the gripper open while the scene settles; LIBERO's own leaves it half-way."""
 
 
 class Libero:
@@ -33,9 +33,16 @@ class Libero:
     def protocols(self, suite: str) -> Mapping[str, EpisodeProtocol]:
         if suite not in OPENVLA_MAX_STEPS:
             raise ValueError(f"libero has no suite {suite!r}; it has {', '.join(SUITES)}")
-        openvla = EpisodeProtocol(name="openvla", max_steps=OPENVLA_MAX_STEPS[suite], num_settle_steps=10, image_px=256)
-        libero = EpisodeProtocol(name="libero", max_steps=600, num_settle_steps=5, image_px=128)
-        return {"openvla": openvla, "libero": libero}
+        max_steps = OPENVLA_MAX_STEPS[suite]
+        protocols = (
+            EpisodeProtocol(name="openvla", max_steps=max_steps, num_settle_steps=10, image_px=256, num_trials=50),
+            EpisodeProtocol(name="libero", max_steps=600, num_settle_steps=5, image_px=128, num_trials=20),
+            # LeRobot gives Spatial 280 steps, the others what OpenVLA gives them, and draws larger pictures.
+            EpisodeProtocol(
+                name="lerobot", max_steps=max(max_steps, 280), num_settle_steps=10, image_px=360, num_trials=10
+            ),
+        )
+        return {protocol.name: protocol for protocol in protocols}
 
     def make_environment(self, task: Task, protocol: EpisodeProtocol, robot: RobotCard = LIBERO_PANDA) -> Environment:
         """Raises `AssetsError` where LIBERO's assets are not installed."""
@@ -44,9 +51,10 @@ class Libero:
         return make_environment(task, protocol, robot, SETTLE_ACTIONS[protocol.name])
 
     def make_expert(self, task: Task) -> ScriptedExpert:
-        raise NoExpert(
-            f"LIBERO's {task.name} has no scripted expert; its demonstrations are public, and the benchmark `pocket` has experts"
-        )
+        """Picks one thing up and puts it down; raises `NoExpert` for tasks that ask for anything else."""
+        from .expert import make_expert
+
+        return make_expert(task)
 
 
 @cache
