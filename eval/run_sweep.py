@@ -101,7 +101,7 @@ class RunSweep:
         chosen: Candidate | None
         dropped: set[Candidate] = set()
         rule = "highest success rate over tasks on the selection half; the later step of equals"
-        if self._config.race:
+        if self._config.race and len(self._candidates()) > 1:
             chosen, selection, dropped = self._race(bar)
             rule += f"; a race dropped those that could not be the best (error {self._config.race_error:g})"
         else:

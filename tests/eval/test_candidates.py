@@ -169,3 +169,9 @@ def test_a_race_finds_the_best_with_fewer_episodes_and_continues_after_a_stop(tm
     run_sweep(stopped, selection_episodes=10, race=True, race_error=0.2)
     key = ["split", "step", "task_id", "init_state", "success"]
     assert sorted(map(tuple, read(stopped)[key].to_numpy())) == sorted(map(tuple, read(raced)[key].to_numpy()))
+
+
+def test_one_candidate_has_nobody_to_race(tmp_path):
+    run = fake_policy.write_run(tmp_path / "demo", {100: 0.9})
+    run_sweep(run, race=True)
+    assert len(read(run).query("split == 'selection'")) == 12 and chosen(run)["num_candidates"] == 1
