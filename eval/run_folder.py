@@ -126,9 +126,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 def check_average(checkpoint: Checkpoint) -> None:
     """Raises `DataError` where the average over training is wanted and the run kept none."""
     if checkpoint.averaged and not (checkpoint.path / EMA).is_file():
-        raise DataError(
-            f"{checkpoint.path} has no {EMA}: its run kept no average (ema.decay 0); give --weights raw"
-        )
+        raise DataError(f"{checkpoint.path} has no {EMA}: its run kept no average (ema.decay 0); give --weights raw")
 
 
 def _is_checkpoint(path: Path) -> bool:
