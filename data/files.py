@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ NUM_SAMPLES = 256
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `path` so that a reader (or a restart after a kill) sees the old file or the new one, never a part."""
-    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    # The machine, too: containers that share a folder often share their process ids.
+    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}-{platform.node()}")
     try:
         with unfinished.open("wb") as file:
             file.write(content)

@@ -28,6 +28,10 @@ def write_choice(path: Path, run: str, chosen: Candidate, selection: SelectionRo
             "sampling": first.sampling,
             "num_executed_steps": first.num_executed_steps,
         },
+        "protocols": {
+            row.suite: {name: getattr(row, name) for name in ("max_steps", "num_settle_steps", "image_px")}
+            for row in selection[chosen]
+        },
         "num_candidates": len(selection),
         "candidates": [
             {

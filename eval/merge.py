@@ -81,6 +81,8 @@ def _agreed(there: tuple[EpisodeRow, Path] | None, row: EpisodeRow, source: Path
         different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
         if different:
             raise DataError(_contradiction(first, its_source, source, different))
+        if row.video and not first.video:  # recorded since the last merge
+            return replace(first, video=row.video), its_source
     return there
 
 

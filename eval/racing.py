@@ -18,16 +18,11 @@ the end of the list is chosen as a full sweep would choose it, with a full sweep
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from .sequential import log_e_first_better
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-_SUCCESS = {"success": True, "failure": False, "error": None}
 
 
 class Episode(NamedTuple):
@@ -113,26 +108,6 @@ class Race:
         self._losses_MM = np.zeros_like(self._wins_MM)
         self._log_evidence_M = np.zeros(len(names))
         self._wanted = self._lacking()
-
-    @classmethod
-    def from_results(
-        cls,
-        rows: "pd.DataFrame",
-        names: Sequence[str],
-        blocks: Sequence[Block],
-        *,
-        error: float = 0.05,
-        by: str = "weights_hash",
-    ) -> Self:
-        """The race as far as the rows of `episodes.csv` bring it; `by` is the column that holds `names`. Rows of others, and of
-        episodes that are not in the blocks, are left out; a row of outcome `error` is a result (see `add`): leave it out, and its
-        episode is asked for again. Raises what `add` raises: give the rows of one actor and sampling setting."""
-        race = cls(names, blocks, error=error)
-        for row in rows[rows[by].isin(list(names))].itertuples():
-            episode = Episode.of(row)
-            if episode in race._episodes:
-                race.add(getattr(row, by), episode, _SUCCESS[str(row.outcome)])
-        return race
 
     @property
     def survivors(self) -> tuple[str, ...]:

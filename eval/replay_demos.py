@@ -2,7 +2,8 @@
 
 import io
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_recording(source: LiberoHdf5Source, key: str) -> Recording:
     episode = source.read(key)  # refuses what is damaged; leaves out a row where it was observed after the action
     path, demo = demo_path(source, key)
     where = f"{demo} of {path}"
-    with h5py.File(path, "r") as file:
+    with _whole(where), h5py.File(path, "r") as file:
         group = file[f"data/{demo}"]
         executed = "executed_actions" if "executed_actions" in group else "actions"
         stored = {name: np.asarray(group[name], np.float64) for name in LAYOUTS if name in group}
@@ -85,8 +86,17 @@ def read_recording(source: LiberoHdf5Source, key: str) -> Recording:
 def read_pictures(source: LiberoHdf5Source, key: str, rows_P: np.ndarray) -> dict[str, np.ndarray]:
     """camera -> (P, rows, columns, 3) uint8 of the given rows, which ascend, as they are stored."""
     path, demo = demo_path(source, key)
-    with h5py.File(path, "r") as file:
+    with _whole(f"{demo} of {path}"), h5py.File(path, "r") as file:
         return {camera: file[f"data/{demo}/obs/{part}"][rows_P] for camera, part in CAMERA_KEYS.items()}
+
+
+@contextmanager
+def _whole(where: str) -> Iterator[None]:
+    """Around reading: a damaged file becomes one sentence, a `DataError`."""
+    try:
+        yield
+    except (OSError, KeyError) as error:
+        raise DataError(f"{where} is damaged ({error}); copy it again, or leave it out") from error
 
 
 def demo_path(source: LiberoHdf5Source, key: str) -> tuple[Path, str]:

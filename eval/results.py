@@ -50,13 +50,13 @@ class EpisodeRow:
     """One finished episode. Fields are the columns, in their order; `None` is an empty cell."""
 
     run: str
-    """Name of the run's folder; empty for actors without a policy."""
+    """Name of the run's folder."""
     checkpoint: str
     """Folder of the checkpoint: `step_000400`."""
     step: int | None
     """Optimizer step of the checkpoint."""
     weights_hash: str
-    """Digest of the weights that acted (adapter and EMA choice included); empty without a policy."""
+    """Digest of the policy that acted: its weights (adapter and EMA choice included), its config and its statistics; empty without one."""
     actor: str
     """Who chose the actions: `policy`, `untrained` (the policy before its first step), `blind` (images black),
     `wrong_instruction`, `scripted` (an expert that knows true poses), `zero` (no motion) or `random` (uniform in the robot's limits)."""
@@ -73,7 +73,8 @@ class EpisodeRow:
     """Index into the task's fixed init states."""
     seed: int
     split: str
-    """`selection` (checkpoints are chosen on it) or `report` (the chosen one is judged on it): different init states."""
+    """`selection` (checkpoints are chosen on it) or `report` (the chosen one is judged on it): different init states. All are `report` where
+    nothing was to be chosen."""
     outcome: str
     """`success`, `failure` or `error`. An error is not a failure: it is run again at the next start, never averaged in."""
     success: bool | None
@@ -89,7 +90,8 @@ class EpisodeRow:
     sim_s: float | None
     """Of these, seconds of physics (reset included)."""
     render_s: float | None
-    """Of these, seconds of rendering; far more than usual where `video` is not empty, as every step is rendered."""
+    """Of these, seconds of rendering; far more than usual where every step was rendered for a video (not of failures that were recorded
+    by running them once more)."""
     queue_ms: float | None
     """Mean wait of a decision until its forward began."""
     policy_ms_mean: float | None

@@ -85,15 +85,19 @@ class RunFolder:
             f"train again, or sweep with --no-controls"
         )
 
-    def awaited_step(self) -> int | None:
-        """The step with which training ends, while it has not come to that; None afterwards. Raises `DataError` where nothing tells."""
+    def awaited_step(self, steps: Sequence[int | str] = ()) -> int | None:
+        """The step with which training ends, while it has not come to that; None afterwards, or if all `steps` are numbers and are there.
+        Raises `DataError` where nothing tells."""
+        there = {found.step for found in self._complete()}
+        if steps and there.issuperset(steps):
+            return None
         try:
             last = planned_steps(self.path)
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(
                 f"{self.path} has no config.json of a training run, so that nothing tells when it ends; sweep without --watch"
             ) from None
-        return None if last in {found.step for found in self._complete()} else last
+        return None if last in there else last
 
     def _complete(self) -> list[Checkpoint]:
         return [Checkpoint(path=path, step=step) for step, path in complete_checkpoints(self.path).items()]
@@ -104,7 +108,8 @@ def find_run(path: Path) -> RunFolder:
     if path.is_dir():
         step = re.fullmatch(r"step_(\d+)", path.name)
         if step and path.resolve().parent.name == "checkpoints" and _is_checkpoint(path):
-            return RunFolder(path=path.parent.parent, named=(int(step[1]),))
+            run = path.parent.parent if len(path.parts) > 2 else path.resolve().parent.parent
+            return RunFolder(path=run, named=(int(step[1]),))
         return RunFolder(path=path)
     siblings = [folder.name for folder in path.parent.glob("*") if folder.is_dir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)

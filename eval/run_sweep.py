@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.episodes import DataError
 from .actors import POLICY_ACTORS
 from .benchmarks.benchmark import Task
 from .candidates import Candidate, best_of, candidates_of
@@ -17,7 +18,7 @@ from .episode_log import EpisodeLog, read_rows
 from .policy_server import PolicyServer, PolicyUnderTest
 from .racing import Episode, Race, in_blocks
 from .results import FILE_NAME, EpisodeKey, EpisodeRow
-from .run_folder import Checkpoint, RunFolder
+from .run_folder import Checkpoint, RunFolder, check_average
 from .shards import Shard
 from .sweep_plan import Split, SweepPlan, executed_steps, video_stem
 from .sweep_rows import installed_versions, row_of
@@ -56,12 +57,13 @@ class RunSweep:
         self._run, self._folder, self._log = run, folder, log
         merged = folder / FILE_NAME
         rows = read_rows(merged) if self._shard and merged.exists() else []
-        self._merged: dict[EpisodeKey, EpisodeRow] = {row.key: row for row in rows if row.outcome != "error"}
+        self._merged: dict[EpisodeKey, EpisodeRow] = {row.key: row for row in rows}
         """Rows of all shards, as far as they have been joined."""
         self._versions = installed_versions()
         self._served: tuple[Checkpoint, PolicyServer] | None = None
 
     def run(self) -> None:
+        self._check_candidates()
         with self._progress() as bar:
             if self._plan.has_selection:
                 chosen, table = self._select(bar)
@@ -85,6 +87,8 @@ class RunSweep:
             for checkpoint in self._run.checkpoints(self._config.steps, waiting=waiting)
             for weights in sorted(set(self._config.weights), reverse=True)
         ]
+        for checkpoint in checkpoints:
+            check_average(checkpoint)
         found = candidates_of(checkpoints, self._config.num_sampling_steps, self._config.num_executed_steps)
         if not self._plan.has_selection and len(found) > 1:
             raise ValueError(
@@ -92,6 +96,13 @@ class RunSweep:
                 "selection there is one; name its step, as in --steps last, or leave the option out"
             )
         return found
+
+    def _check_candidates(self) -> None:
+        """Raises `ValueError` for settings that the first checkpoint's policy does not know; the others' are of the same run."""
+        candidates = self._candidates(waiting=self._config.watch)
+        for candidate in candidates:
+            if candidate.checkpoint == candidates[0].checkpoint:
+                self._executed_steps(candidate, self._serve(candidate).policy)
 
     # --- the selection half ------------------------------------------------------------------------------------------
 
@@ -126,7 +137,7 @@ class RunSweep:
         rows: dict[Candidate, list[EpisodeRow]] = {}
         while True:
             # Asked first: a checkpoint that is written meanwhile is then looked for once more.
-            awaited = self._run.awaited_step() if self._config.watch else None
+            awaited = self._run.awaited_step(self._config.steps) if self._config.watch else None
             candidates = self._candidates(waiting=awaited is not None)
             for candidate in candidates:
                 if candidate not in rows:
@@ -143,7 +154,9 @@ class RunSweep:
         candidates = {candidate.label: candidate for candidate in self._candidates()}
         specs = {name: self._specs("selection", "policy", candidate) for name, candidate in candidates.items()}
         of_episode = {name: {Episode.of(spec.key): spec for spec in of_name} for name, of_name in specs.items()}
-        blocks = in_blocks(next(iter(of_episode.values())), seed=self._config.seed)
+        # A block keeps all workers busy, and its policies are loaded once for it.
+        per_task = -(-self._num_workers // len(self._plan.tasks))
+        blocks = in_blocks(next(iter(of_episode.values())), per_task=per_task, seed=self._config.seed)
         race = Race(list(candidates), blocks, error=self._config.race_error)
         rows: dict[str, list[EpisodeRow]] = {name: [] for name in candidates}
 
@@ -157,7 +170,9 @@ class RunSweep:
                     take(name, self._log.rows[spec.key])
                     _expect(bar, -1)
         while wanted := race.to_run():
-            name = wanted[0][0]
+            names = [name for name, _ in wanted]
+            served = [name for name in names if self._served and candidates[name].checkpoint == self._served[0]]
+            name = (served or names)[0]
             missing = [of_episode[name][episode] for wanted_of, episode in wanted if wanted_of == name]
             bar.set_description(f"{name} (race: {len(race.survivors)} of {len(candidates)} left)")
             for row in self._run_specs(missing, "selection", candidates[name], bar):
@@ -207,12 +222,29 @@ class RunSweep:
     def _episodes(self, split: Split, actor: str, candidate: Candidate | None, bar: "tqdm") -> list[EpisodeRow]:
         """The rows of one actor on one half: those that are there, and the rest (of this shard's part) run now."""
         specs = self._specs(split, actor, candidate)
-        there = self._merged | self._log.rows
+        own = self._shard.part(specs) if self._shard else specs
+        again = {spec.key for spec in own if spec.key in self._merged and self._merged[spec.key].outcome == "error"}
+        there = {key: row for key, row in self._merged.items() if key not in again} | self._log.rows
         rows = [there[spec.key] for spec in specs if spec.key in there]
-        missing = [spec for spec in (self._shard.part(specs) if self._shard else specs) if spec.key not in there]
+        self._check_same(rows, split, candidate)
+        missing = [spec for spec in own if spec.key not in there]
         _expect(bar, len(missing) - len(specs))
         bar.set_description(f"{candidate.label if candidate else ''} {actor} ({split})".strip())
         return rows + list(self._run_specs(missing, split, candidate, bar))
+
+    def _check_same(self, rows: Sequence[EpisodeRow], split: Split, candidate: Candidate | None) -> None:
+        """Raises `DataError` if rows that are there would be taken for what they are not."""
+        for row in rows:
+            if row.split != split:
+                raise DataError(
+                    f"{self._folder} has init state {row.init_state} of {row.suite} task {row.task_id} as an episode of the {row.split} half, and "
+                    f"with --selection-episodes {self._config.selection_episodes} it belongs to the {split} half; give another --out"
+                )
+            if candidate is not None and row.batch_size != self._serve(candidate).batch_size:
+                raise DataError(
+                    f"{self._folder} has episodes of {candidate.label} with forwards of {row.batch_size} observations, and these would have "
+                    f"{self._serve(candidate).batch_size}, whose last bits differ; give --batch-size {row.batch_size}, or another --out"
+                )
 
     def _specs(self, split: Split, actor: str, candidate: Candidate | None) -> list[EpisodeSpec]:
         server = self._serve(candidate) if candidate else None

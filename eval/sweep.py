@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -136,6 +136,12 @@ def sweep(
     runs = find_runs(config.runs)
     for run in runs:
         _check_run(config, run)
+        namesakes = [other.path for other in runs if other.name == run.name]
+        if config.out is not None and len(namesakes) > 1:
+            raise ValueError(
+                f"--out {config.out}: {' and '.join(map(str, namesakes))} would both write {config.out / run.name}; sweep them one by one, or "
+                "leave --out out"
+            )
     folders = []
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
     with WorkerPool(make_benchmark, num_workers=num_workers, timeout_s=config.timeout_s) as pool:
@@ -167,6 +173,12 @@ def _check_settings(config: SweepConfig) -> None:
     """Raises `ValueError` for settings that no sweep can have."""
     if config.num_candidates < 1:
         raise ValueError(f"--num-candidates {config.num_candidates}: a decision needs at least 1")
+    for name in ("num_workers", "batch_size", "timeout_s", "seed", "videos"):
+        number, least = getattr(config, name), 0 if name in ("seed", "videos") else 1
+        if number is not None and number < least:
+            raise ValueError(f"--{name.replace('_', '-')} {number:g}: at least {least} is needed")
+    if not 0 < config.race_error < 1:
+        raise ValueError(f"--race-error {config.race_error:g}: it lies between 0 and 1, for instance 0.05")
     if not config.weights:
         raise ValueError("--weights names nothing; give raw, ema, or both")
     if config.temporal_ensemble is not None and config.temporal_ensemble < 0:
@@ -191,8 +203,7 @@ def _check_run(config: SweepConfig, run: RunFolder) -> None:
         run.awaited_step()
     else:
         for checkpoint in run.checkpoints(config.steps):
-            for weights in config.weights:
-                check_average(Checkpoint(path=checkpoint.path, step=checkpoint.step, averaged=weights == "ema"))
+            check_average(replace(checkpoint, averaged="ema" in config.weights))
     if config.controls:
         run.untrained()
 

@@ -174,7 +174,7 @@ def _chosen_tasks(benchmark: Benchmark, wanted: Wanted) -> list[tuple[Task, Epis
         if value < (0 if name == "num_settle_steps" else 1):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
     chosen: list[tuple[Task, EpisodeProtocol]] = []
-    for suite in wanted.suites or [next(iter(offered))]:
+    for suite in dict.fromkeys(wanted.suites) or [next(iter(offered))]:
         if suite not in offered:
             raise ValueError(f"benchmark {benchmark.name!r} has no suite {suite!r}; it has {', '.join(offered)}")
         protocols = benchmark.protocols(suite)

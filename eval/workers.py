@@ -270,7 +270,8 @@ class WorkerPool:
         """Ends all workers; idle ones get a moment to close their simulators."""
         for worker in self._workers:
             if worker.job is None:
-                worker.connection.send(None)
+                with suppress(BrokenPipeError, ConnectionResetError):  # it died while it had nothing to do
+                    worker.connection.send(None)
         for worker in list(self._workers):
             if worker.job is None:
                 worker.process.join(5)

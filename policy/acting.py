@@ -206,10 +206,21 @@ def load_policy(
 
     `device` is a torch device, or `auto`: CUDA where there is one. `public` tells what a public checkpoint does not say itself: the
     robot's camera names, how its pictures are turned, statistics. `num_candidates` chunks are drawn for a decision, and the one
-    that best goes on with the last is taken. `averaged` takes a run's average weights (EMA). Raises DataError with what is missing."""
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    that best goes on with the last is taken. `averaged` takes a run's average weights (EMA). Raises DataError with what is missing, and
+    ValueError for a device that is not there."""
+    chosen = _device(device)
     policy, language, weights_hash = read_any_policy(Path(path), public, averaged=averaged)
     return ActingPolicy(policy, language, weights_hash=weights_hash, device=chosen, num_candidates=num_candidates)
+
+
+def _device(name: str) -> torch.device:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{k}" for k in range(num_gpus))]
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    if name not in there:
+        raise ValueError(f"there is no device {name!r} here; there are auto, {', '.join(there)}")
+    return torch.device(name)
 
 
 def read_any_policy(

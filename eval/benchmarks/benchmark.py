@@ -27,7 +27,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeProtocol:
-    """How an episode is run, by name; written into every row. A name stands for the same rules for ever: others get another name."""
+    """How an episode is run, by name; written into every row. A benchmark's name stands for the same rules for ever: others get another
+    name. What a sweep overrides stands in the row's columns beside it."""
 
     name: str
     max_steps: int

@@ -86,17 +86,25 @@ def read_evaluation(path: Path) -> Evaluation:
     chosen_file, metrics_file = folder / "chosen.json", folder.parent / "metrics.csv"
     chosen = json.loads(chosen_file.read_text()) if chosen_file.is_file() else None
     metrics = pd.read_csv(metrics_file) if metrics_file.is_file() else None
-    kept = _same_protocol(rows, chosen)
+    kept = same_protocol(rows, chosen)
     return Evaluation(folder=folder, rows=kept, num_other_rows=len(rows) - len(kept), chosen=chosen, metrics=metrics)
 
 
-def _same_protocol(rows: pd.DataFrame, chosen: Mapping[str, Any] | None) -> pd.DataFrame:
-    """The rows under the protocol and seed of the choice (else: of the latest policy row)."""
+def same_protocol(rows: pd.DataFrame, chosen: Mapping[str, Any] | None) -> pd.DataFrame:
+    """The rows under the protocol, with what overrides it, and the seed of the choice (else: of the latest policy row)."""
     of_policy = rows[rows["weights_hash"] != ""]
     if chosen is None and of_policy.empty:
         return rows
     settings = chosen["settings"] if chosen else of_policy.iloc[-1]
-    return rows[(rows["protocol"] == settings["protocol"]) & (rows["seed"] == settings["seed"])]
+    kept = rows[(rows["protocol"] == settings["protocol"]) & (rows["seed"] == settings["seed"])]
+    rules = ["max_steps", "num_settle_steps", "image_px"]  # they differ by suite
+    latest = kept[kept["weights_hash"] != ""].groupby("suite")[rules].last()
+    protocols = (chosen or {}).get("protocols") or latest.to_dict("index")
+    fits = [
+        all(row[rule] == protocols[row["suite"]][rule] for rule in rules) if row["suite"] in protocols else True
+        for row in kept[["suite", *rules]].to_dict("records")
+    ]
+    return kept[pd.Series(fits, index=kept.index, dtype=bool)]
 
 
 def candidates(evaluation: Evaluation) -> pd.DataFrame:

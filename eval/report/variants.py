@@ -11,6 +11,7 @@ from ...data.episodes import DataError
 from ..comparison import EPISODE, TASK
 from .candidates import CANDIDATE, by_candidate, of_candidate, of_candidate_and_controls, of_settings
 from .sources import read_runs
+from .tables import same_protocol
 
 Basis = Literal["held_out", "selected_on", "single"]
 BASES: dict[Basis, str] = {
@@ -65,7 +66,7 @@ class Variant:
 
 def read_variants(paths: Sequence[Path]) -> list[Variant]:
     """One variant for each run in the CSVs. Raises what `read_runs` raises, and `DataError` where a candidate has two rows of an
-    episode, as under two step limits."""
+    episode, as under two instructions."""
     return [variant_of(name, rows, chosen) for name, (rows, chosen) in read_runs(paths).items()]
 
 
@@ -74,8 +75,7 @@ def variant_of(name: str, rows: pd.DataFrame, chosen: Mapping[str, Any] | None) 
     on the selection half); else the best on the selection half, told as such. Best is as a sweep chooses: the highest success rate
     over tasks; of equals the later step, then fewer denoising steps, then more executed actions; among those that ran the most
     episodes (a race stops the others early)."""
-    settings = chosen["settings"] if chosen else rows[rows["actor"] == "policy"].iloc[-1]
-    kept = rows[(rows["protocol"] == settings["protocol"]) & (rows["seed"] == settings["seed"])]
+    kept = same_protocol(rows, chosen)
     policy = kept[kept["actor"] == "policy"]
     selection, report = policy[policy["split"] == "selection"], policy[policy["split"] == "report"]
     candidate, chosen_on, num_candidates = _choice(name, selection, report, chosen)
@@ -145,5 +145,5 @@ def _refuse(name: str, judged: pd.DataFrame, chosen: Mapping[str, Any] | None) -
         row = twice.iloc[0]
         raise DataError(
             f"run {name}: {row['checkpoint']} has two rows of {row['suite']} task {row['task_id']}, init state {row['init_state']}, seed "
-            f"{row['seed']}, under different step limits, picture sizes or instructions; give CSVs that hold one of them"
+            f"{row['seed']}, under different instructions; give CSVs that hold one of them"
         )

@@ -119,8 +119,10 @@ def read_policy(folder: Path, *, averaged: bool = False) -> tuple[Policy, Langua
     if adapter.is_dir():
         policy = merge_adapter(policy, adapter)
         files.append(adapter / "adapter_model.safetensors")
-    digests = [_sha256(file) for file in files]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    # What the weights compute depends on these, too: another solver or orientation is another policy.
+    settings = json.dumps([config["policy"], config["embodiment"]], sort_keys=True)
+    parts = [settings, *map(_sha256, (folder / "normalisation.json", *files))]
+    digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     return policy, Language.load(folder / "language"), digest[:16]
 
 

@@ -91,6 +91,8 @@ def lerobot_kind(policy: Policy) -> str:
 def _sampling_problem(objective: ObjectiveConfig) -> str:
     if not isinstance(objective, Flow):
         return f"its objective is {objective.type}"
+    if objective.prediction != "velocity":
+        return "its expert predicts actions, LeRobot's velocities"
     return "" if objective.solver == "euler" else f"it is sampled with {objective.solver}, LeRobot's with Euler's steps"
 
 

@@ -151,6 +151,51 @@ def test_a_protocols_numbers_can_be_overridden_and_stand_in_the_rows(tmp_path):
     assert frame["num_steps"].max() == 3
 
 
+def test_a_checkpoint_named_from_within_its_run(tmp_path, monkeypatch):
+    run = fake_policy.write_run(tmp_path / "demo", SKILLS)
+    monkeypatch.chdir(run / "checkpoints")
+    (found,) = find_runs([Path("step_000200")])
+    assert [checkpoint.step for checkpoint in found.checkpoints()] == [200] and found.name == "demo"
+
+
+def test_episodes_of_the_other_half_are_not_taken_over(tmp_path):
+    """What chose is not to be reported as held out, nor the other way round."""
+    run = fake_policy.write_run(tmp_path / "demo", {100: 0.9})
+    run_sweep(run)
+    with pytest.raises(DataError, match=r"init state 0 .* as an episode of the selection half, .* give another --out"):
+        run_sweep(run, selection_episodes=0, report_episodes=20)
+
+
+def test_another_batch_size_is_not_mixed_in(tmp_path):
+    run = fake_policy.write_run(tmp_path / "demo", {100: 0.9})
+    run_sweep(run, batch_size=2)
+    before = (run / "evaluation" / "episodes.csv").read_text()
+    with pytest.raises(
+        DataError, match=r"with forwards of 2 observations, and these would have 1.* give --batch-size 2"
+    ):
+        run_sweep(run, report_episodes=3)
+    assert (run / "evaluation" / "episodes.csv").read_text() == before
+
+
+def test_settings_are_refused_before_the_first_episode(tmp_path):
+    run = fake_policy.write_run(tmp_path / "demo", SKILLS)
+    with pytest.raises(ValueError, match="--num-executed-steps 64: the policy's chunks have 10"):
+        run_sweep(run, num_executed_steps=(4, 64))
+    assert len(read(run)) == 0
+
+
+def test_runs_of_one_name_do_not_share_a_folder(tmp_path):
+    runs = [fake_policy.write_run(tmp_path / side / "demo", {100: 0.9}) for side in "ab"]
+    with pytest.raises(ValueError, match="would both write .*demo; sweep them one by one"):
+        run_sweep(*runs, out=tmp_path / "out")
+
+
+def test_a_suite_named_twice_is_one(tmp_path):
+    run = fake_policy.write_run(tmp_path / "demo", {100: 0.9})
+    run_sweep(run, suites=("points", "points"), selection_episodes=1, report_episodes=1)
+    assert len(read(run)) == 6
+
+
 def test_a_race_finds_the_best_with_fewer_episodes_and_continues_after_a_stop(tmp_path):
     skills = dict.fromkeys(range(100, 600, 100), 0.25) | {600: 1.0}
     whole = fake_policy.write_run(tmp_path / "whole" / "demo", skills)

@@ -73,7 +73,9 @@ def test_the_page_stands_on_its_own(run):
     assert all((page.parent / unquote(link)).is_file() for link in files)
     videos = {unquote(link).removeprefix("../") for link in files if link.endswith(".mp4")}
     frame = read(run)
-    assert videos == set(frame["video"]) - {""} and len(videos) == 2 * 3 + 5 * 3
+    assert videos == set(frame["video"]) - {""} and len(videos) >= 2 * 3 + 5 * 3, (
+        "and failures, where the first was none"
+    )
 
 
 def test_the_headline_is_the_chosen_checkpoint_on_the_report_half(run):

@@ -19,11 +19,11 @@ from vlatune.eval.shards import Shard
 from vlatune.eval.sweep import SweepConfig, sweep
 
 
-def run_sweep(run: Path, shard: str = "", **changes) -> None:
+def run_sweep(run: Path, shard: str = "", trouble: Path | None = None, **changes) -> None:
     settings = {"selection_episodes": 3, "report_episodes": 4, "controls": True, "videos": 1, "num_workers": 1}
     sweep(
         SweepConfig(runs=(run,), shard=shard, **{**settings, **changes}),
-        make_benchmark=partial(fake_point_world.make, None),
+        make_benchmark=partial(fake_point_world.make, trouble),
         load_policy=fake_policy.load_policy,
     )
 
@@ -70,6 +70,21 @@ def test_shards_joined_are_the_sweep_of_one_machine(tmp_path, capsys):
     assert (evaluation / "episodes.csv").read_text() == before, "nothing is left to run"
 
 
+def test_an_episode_that_always_fails_to_run_ends_the_parts_all_the_same(tmp_path, capsys):
+    """Its own part tries it again; the others count it and go on to the report half."""
+    run = fake_policy.write_run(tmp_path / "demo", {0: 0.0, 100: 0.9})
+    trouble = tmp_path / "trouble"
+    trouble.mkdir()
+    (trouble / "1_1.exit").touch()
+    for _ in range(2):
+        for k in range(2):
+            run_sweep(run, shard=f"{k}/2", trouble=trouble, controls=False, videos=0)
+        merge(MergeConfig(paths=(run,)))
+    frame = read(run)
+    assert list(frame[frame["outcome"] == "error"]["init_state"]) == [1]
+    assert len(frame) == 9 + 12 and (run / "evaluation" / "chosen.json").exists()
+
+
 def write(path: Path, *rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, rows)
@@ -78,7 +93,7 @@ def write(path: Path, *rows) -> Path:
 
 def test_an_ending_replaces_an_error_and_equal_rows_are_one(tmp_path):
     success = row(init_state=1, outcome="success", success=True, wall_s=1.0, video="videos/x.mp4")
-    error = row(init_state=2, outcome="error", success=None, error="lost twice")
+    error = row(init_state=2, outcome="error", success=None, error="lost twice", video="")
     first = write(tmp_path / "one" / "episodes.csv", success, error)
     second = write(
         tmp_path / "two" / "episodes.csv",
@@ -91,7 +106,12 @@ def test_an_ending_replaces_an_error_and_equal_rows_are_one(tmp_path):
     assert list(frame["outcome"]) == ["success", "failure"]
     assert frame["video"][0] == "../one/videos/x.mp4"
     merge(MergeConfig(paths=(first,), out=tmp_path / "all"))
-    pd.testing.assert_frame_equal(read(tmp_path / "all"), frame), "joined again it is the same"
+    pd.testing.assert_frame_equal(read(tmp_path / "all"), frame)  # joined again it is the same
+    late = write(
+        tmp_path / "three" / "episodes.csv", replace(error, outcome="failure", success=False, video="late.mp4")
+    )
+    merge(MergeConfig(paths=(late,), out=tmp_path / "all"))
+    assert list(read(tmp_path / "all")["video"]) == ["../one/videos/x.mp4", "../three/late.mp4"], "recorded since"
     assert "1 of them errors, which the next sweep runs again" in merge(
         MergeConfig(paths=(first,), out=tmp_path / "first")
     )

@@ -74,6 +74,15 @@ def test_an_episode_depends_on_its_key_alone(undisturbed):
     assert {key: lasting(result) for key, result in results.items()} == undisturbed
 
 
+def test_a_worker_that_dies_idle_keeps_no_other_from_being_ended():
+    with WorkerPool(fake_point_world.make, num_workers=2) as pool:
+        list(pool.run(specs(), PolicyServer(FakePolicy(0.6, "w"), 2)))
+        processes = [worker.process for worker in pool._workers]
+        processes[0].kill()
+        processes[0].join()
+    assert not any(process.is_alive() for process in processes)
+
+
 def test_several_policies_in_turn_on_one_pool(undisturbed):
     with WorkerPool(fake_point_world.make, num_workers=2) as pool:
         other = list(pool.run(specs(policy=FakePolicy(1.0, "good")), PolicyServer(FakePolicy(1.0, "good"), 2)))

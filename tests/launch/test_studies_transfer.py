@@ -239,7 +239,7 @@ def test_other_episodes_of_a_run_do_not_count(fakes, small_cache, tmp_path):
     there = tmp_path / "runs" / "flow_seed0"
     assert len(pocket.judged_episodes(there, "pocket", 8)) == 6
     fake.tally(replace(fake.swept[0], suites=("another",)))
-    fake.tally(replace(fake.swept[0], num_executed_steps=3))
+    fake.tally(replace(fake.swept[0], num_executed_steps=(3,)))
     with EpisodeLog(there / "evaluation") as log:
         log.append(replace(next(iter(log.rows.values())), sampling='{"num_candidates": 3}'))
     assert len(pocket.judged_episodes(there, "pocket", 8)) == 6

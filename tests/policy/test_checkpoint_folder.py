@@ -61,6 +61,22 @@ def test_the_weights_hash_follows_the_weights(checkpoint):
     assert load_policy(checkpoint, device="cpu").weights_hash != before
 
 
+def test_the_hash_follows_what_the_weights_are_used_with(checkpoint):
+    before = load_policy(checkpoint, device="cpu").weights_hash
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["provenance"]["note"] = "nothing that acts"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert load_policy(checkpoint, device="cpu").weights_hash == before
+    config["policy"]["objective"]["solver"] = "midpoint"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert load_policy(checkpoint, device="cpu").weights_hash != before
+
+
+def test_a_device_that_is_not_there(checkpoint):
+    with pytest.raises(ValueError, match="there is no device 'banana' here; there are auto, cpu"):
+        load_policy(checkpoint, device="banana")
+
+
 def test_only_complete_checkpoints_count(checkpoint):
     run = checkpoint.parents[1]
     assert list(complete_checkpoints(run)) == [5]

@@ -22,6 +22,7 @@ from vlatune.policy.checkpoints.public import PublicOptions, read_public
 from vlatune.policy.checkpoints.renaming import RDT
 from vlatune.policy.convert import ConvertConfig, convert
 from vlatune.policy.lora import LoraConfig, add_adapters, save_adapter
+from vlatune.policy.objectives.flow import Flow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEAD_HEADS = ("lm_head.weight",)
@@ -219,6 +220,9 @@ def test_what_lerobot_lacks_is_refused(tokenizer, statistics, tmp_path):
     stateless = make_policy(replace(pi05.config, prompt="newline"))
     with pytest.raises(DataError, match="its prompt is 'newline' where LeRobot's pi05 has 'pi05'"):
         write_lerobot(tmp_path, stateless, tokenizer=tokenizer)
+    actions = make_policy(replace(pi05.config, objective=Flow(prediction="sample")))
+    with pytest.raises(DataError, match="its expert predicts actions, LeRobot's velocities"):
+        write_lerobot(tmp_path, actions, tokenizer=tokenizer)
     (tmp_path).mkdir()
     with pytest.raises(DataError, match="exists; give a new folder"):
         convert(ConvertConfig(source=GOLDEN / "pi05", out=tmp_path, to="vlatune"))
