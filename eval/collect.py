@@ -163,9 +163,9 @@ def _collect_task(config: Collect, task: Task, pool: Executor, tally: Tally) -> 
     kept: list[Path] = []
     while len(kept) < config.episodes:
         if following - first > MAX_TRIES_PER_DEMO * config.episodes + FREE_TRIES:
+            mend = f"give less --noise than {config.noise}" if config.noise else "leave this task out"
             raise DataError(
-                f"{task.name}: of {following - first} episodes {len(kept)} succeeded, and --episodes asks for "
-                f"{config.episodes}; give less --noise than {config.noise}"
+                f"{task.name}: of {following - first} episodes {len(kept)} succeeded, and --episodes asks for {config.episodes}; {mend}"
             )
         batch = range(following, following + config.episodes - len(kept))
         following = batch.stop
