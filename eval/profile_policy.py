@@ -4,10 +4,9 @@ Latency is measured on decisions of one policy and nothing beside it, with the d
 what batched episodes waited instead."""
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..data.files import write_whole
-from ..policy.checkpoints.layout import COMPLETE
 from .benchmarks import load_benchmark
 from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
 from .latency import Latency, clock_of, measure
 from .profile_rows import FILE_NAME, ProfileRow, csv_of, policy_columns, row_of
 from .profile_simulator import SimulatorCost, episode_seconds, in_simulator, without_simulator
 from .profile_tables import episode_table, latency_table, remarks
-from .run_folder import Checkpoint, RunFolder, check_average, find_run
+from .run_folder import checkpoint_at, find_run
 from .sweep_plan import Wanted, executed_steps, make_plan
 from .sweep_rows import installed_versions
 from .workers import MakeBenchmark
@@ -118,7 +116,7 @@ def profile(config: ProfileConfig, *, make_benchmark: MakeBenchmark | None = Non
 
     load_average = os.getloadavg()[0]
     run = find_run(config.checkpoint)
-    checkpoint = _checkpoint_at(config.checkpoint, run, averaged=config.weights == "ema")
+    checkpoint = checkpoint_at(config.checkpoint, run, averaged=config.weights == "ema")
     benchmark = (make_benchmark or partial(load_benchmark, config.benchmark))() if config.simulator else None
     task_and_protocol = None if benchmark is None else _task(config, benchmark)
     if config.threads is not None:
@@ -232,18 +230,6 @@ def _written(
     write_whole(folder / FILE_NAME, csv_of(rows))
     write_whole(folder / FIGURE_NAME, figure)
     return Profile(folder=folder, rows=tuple(rows), text="\n\n".join(texts))
-
-
-def _checkpoint_at(path: Path, run: RunFolder, *, averaged: bool) -> Checkpoint:
-    """That in this folder, the untrained one too, or else the run's last. Raises `DataError` if there is none, or no average."""
-    if (path / COMPLETE).is_file():
-        step = re.fullmatch(r"step_(\d+)", path.name)
-        found = Checkpoint(path=path, step=int(step[1]) if step else None)
-    else:
-        found = run.checkpoints()[-1]
-    found = replace(found, averaged=averaged)
-    check_average(found)
-    return found
 
 
 def _dashed(name: str) -> str:

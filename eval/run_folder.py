@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -126,6 +126,18 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
         named = () if everything else (*(other.named if other else ()), *run.named)
         found[run.path.resolve()] = RunFolder(path=run.path, named=named)
     return list(found.values())
+
+
+def checkpoint_at(path: Path, run: RunFolder, *, averaged: bool) -> Checkpoint:
+    """That in this folder, the untrained one too, or else the run's last. Raises `DataError` if there is none, or no average."""
+    if _is_checkpoint(path):
+        step = re.fullmatch(r"step_(\d+)", path.name)
+        found = Checkpoint(path=path, step=int(step[1]) if step else None)
+    else:
+        found = run.checkpoints()[-1]
+    found = replace(found, averaged=averaged)
+    check_average(found)
+    return found
 
 
 def check_average(checkpoint: Checkpoint) -> None:
