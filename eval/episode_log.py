@@ -24,6 +24,8 @@ class EpisodeLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
         self._lock = hold(folder)
+        for leftover in folder.glob(f"{FILE_NAME}.tmp*"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         rows = read_rows(self.path) if self.path.exists() else []
         kept = [row for row in rows if row.outcome != "error"]
         self.rows: dict[EpisodeKey, EpisodeRow] = {row.key: row for row in kept}

@@ -147,6 +147,13 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         assert path.read_bytes() == whole
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    leftover = tmp_path / "episodes.csv.tmp123-elsewhere"
+    leftover.write_text("half")
+    with EpisodeLog(tmp_path):
+        assert not leftover.exists()
+
+
 def test_a_torn_header_is_written_again(tmp_path):
     (tmp_path / "episodes.csv").write_text(header()[:30])
     with EpisodeLog(tmp_path) as log:
