@@ -22,9 +22,9 @@ from .profile_rows import FILE_NAME, ProfileRow, csv_of, policy_columns, row_of
 from .profile_simulator import SimulatorCost, episode_seconds, in_simulator, without_simulator
 from .profile_tables import episode_table, latency_table, remarks
 from .run_folder import checkpoint_at, find_run
+from .simulator_process import MakeBenchmark
 from .sweep_plan import Wanted, executed_steps, make_plan
 from .sweep_rows import installed_versions
-from .workers import MakeBenchmark
 
 if TYPE_CHECKING:
     from ..policy.acting import ActingPolicy

@@ -20,9 +20,10 @@ from .racing import Episode, Race, in_blocks
 from .results import FILE_NAME, EpisodeKey, EpisodeRow
 from .run_folder import Checkpoint, RunFolder, check_average
 from .shards import Shard
+from .simulator_process import EpisodeSpec
 from .sweep_plan import Split, SweepPlan, executed_steps, video_stem
 from .sweep_rows import installed_versions, row_of
-from .workers import EpisodeSpec, SimulatorError, WorkerPool
+from .workers import SimulatorError, WorkerPool
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -13,9 +13,10 @@ from .policy_server import PolicyUnderTest
 from .run_folder import Checkpoint, RunFolder, check_average, find_runs
 from .run_sweep import LoadPolicy, RunSweep, Sweeping
 from .shards import Shard
+from .simulator_process import MakeBenchmark
 from .sweep_plan import Wanted, make_plan
 from .video import remove_unfinished
-from .workers import MakeBenchmark, WorkerPool
+from .workers import WorkerPool
 
 CONTROLS = ("untrained", "blind", "wrong_instruction")
 

@@ -12,7 +12,7 @@ from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
 from .policy_server import PolicyUnderTest
 from .results import EpisodeKey
 from .run_folder import Checkpoint
-from .workers import EpisodeSpec
+from .simulator_process import EpisodeSpec
 
 Split = Literal["selection", "report"]
 DEFAULT_NUM_EXECUTED_STEPS = 8

@@ -1,16 +1,13 @@
 """Simulator worker processes around one policy: episodes in, outcomes out, whatever happens to a worker.
 
-Workers are spawned, hold one environment per task they have seen, and never touch an accelerator: they ask through a pipe, pictures lying
-in memory that both sides see, and get chunks of actions back. The parent answers questions as they arrive, as many at once as the server's
-batch holds, and waits for nobody."""
+Workers are spawned (simulator_process.py). The parent answers their questions as they arrive, as many at once as the server's batch holds, and
+waits for nobody."""
 
 import multiprocessing
 import os
-import signal
 import time
-import traceback
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -20,46 +17,16 @@ from typing import Self
 
 import numpy as np
 
-from ..data.episodes import DataError
-from ..data.raw_observation import RawObservation
-from ..data.robots.card import RobotCard
-from ..data.robots.libero_panda import LIBERO_PANDA
-from .actors import make_decide
-from .benchmarks.benchmark import Benchmark, Environment, EpisodeProtocol, Task
-from .benchmarks.libero_paths import AssetsError
-from .benchmarks.renderer import RendererError
+from .benchmarks.benchmark import EpisodeProtocol, Task
 from .policy_server import PolicyServer, Question
-from .results import EpisodeKey
-from .rollout import EpisodeOutcome, roll_out
-from .shared_pictures import NewMemory, PictureReader, PictureWriter, Places
-from .video import VideoRecorder
-
-MakeBenchmark = Callable[[], Benchmark]
-"""Picklable by name (a module's function, or `functools.partial` of one): workers call it in their own process."""
+from .rollout import EpisodeOutcome
+from .shared_pictures import NewMemory, PictureReader
+from .simulator_process import Ask, EpisodeSpec, Failed, MakeBenchmark, Ready, work
 
 MAX_ATTEMPTS = 2
 START_TIMEOUT_S = 300.0
 """A worker has so long to import what it needs; its episode's time runs from then on."""
 MAX_LOSSES_IN_A_ROW = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpisodeSpec:
-    """One episode to run."""
-
-    key: EpisodeKey
-    task: Task
-    protocol: EpisodeProtocol
-    robot: RobotCard = LIBERO_PANDA
-    """The card whose state the policy reads."""
-    cameras: tuple[str, ...] = ()
-    """Those that the policy reads."""
-    observation_offsets: tuple[int, ...] = (0,)
-    """Control steps, relative to a decision, whose observations the policy reads."""
-    temporal_ensemble: float | None = None
-    """The coefficient of `rollout.roll_out`."""
-    video: Path | None = None
-    """Where the mp4 goes, without the outcome and `.mp4`: `videos/step_000400__task00…__init07__policy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,124 +44,6 @@ class EpisodeResult:
 
 class SimulatorError(Exception):
     """No simulator could be started; the message says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ready:
-    """The worker's first words."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ask:
-    decision: int
-    raw: RawObservation
-    """Without its pictures."""
-    places: Places
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Done:
-    outcome: EpisodeOutcome
-    video: Path | None
-    renderer: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Failed:
-    reason: str
-    while_starting: bool
-
-
-# --- in the worker ---------------------------------------------------------------------------------------------------
-
-
-def _work(connection: Connection, make_benchmark: MakeBenchmark, max_environments: int) -> None:
-    """A worker's life: episodes until told to stop, or until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    environments: OrderedDict[tuple[Task, EpisodeProtocol, RobotCard], Environment] = OrderedDict()
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    pictures = PictureWriter(connection, parent.pid)
-    try:
-        benchmark = None
-        connection.send(_Ready())
-        while (spec := connection.recv()) is not None:
-            starting = True
-            try:
-                benchmark = benchmark or make_benchmark()
-                environment = _environment(environments, benchmark, spec, max_environments)
-                starting = False
-                connection.send(_run_episode(connection, pictures, benchmark, environment, spec))
-            except Exception as problem:  # whatever a simulator raises is this episode's error
-                if isinstance(problem, (EOFError, BrokenPipeError, ConnectionResetError)):
-                    raise
-                connection.send(_Failed(reason=_in_words(problem), while_starting=starting))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent has gone: there is nobody to tell
-    finally:
-        for environment in environments.values():
-            environment.close()
-
-
-def _in_words(problem: Exception) -> str:
-    if isinstance(problem, (DataError, RendererError, AssetsError)):
-        return str(problem)  # already says what to type
-    place = traceback.extract_tb(problem.__traceback__)[-1]
-    return f"{type(problem).__name__}: {problem} ({Path(place.filename).name}:{place.lineno})"
-
-
-def _environment(
-    held: OrderedDict[tuple[Task, EpisodeProtocol, RobotCard], Environment],
-    benchmark: Benchmark,
-    spec: EpisodeSpec,
-    max_environments: int,
-) -> Environment:
-    name = (spec.task, spec.protocol, spec.robot)
-    if name not in held:
-        if len(held) == max_environments:
-            held.popitem(last=False)[1].close()
-        held[name] = benchmark.make_environment(*name)
-    held.move_to_end(name)
-    return held[name]
-
-
-def _run_episode(
-    connection: Connection, pictures: PictureWriter, benchmark: Benchmark, environment: Environment, spec: EpisodeSpec
-) -> _Done:
-    def ask(decision: int, raw: RawObservation) -> np.ndarray:
-        places = pictures.write(raw.images)
-        connection.send(_Ask(decision=decision, raw=replace(raw, images={}), places=places))
-        chunk_HA: np.ndarray = connection.recv()
-        return chunk_HA
-
-    key = spec.key
-    decide = make_decide(key, environment, cameras=spec.cameras, ask=ask, make_expert=benchmark.make_expert)
-    recorder = None
-    if spec.video is not None:
-        recorder = VideoRecorder(spec.video, instruction=key.instruction, fps=environment.robot.control_hz)
-    try:
-        outcome = roll_out(
-            environment,
-            decide,
-            init_state=key.init_state,
-            seed=key.seed,
-            max_steps=spec.protocol.max_steps,
-            num_executed_steps=key.num_executed_steps,
-            observation_offsets=spec.observation_offsets,
-            temporal_ensemble=spec.temporal_ensemble,
-            reads_images=bool(spec.cameras),
-            render_every_step=recorder is not None,
-            on_step=recorder.on_step if recorder else None,
-            on_end=recorder.on_end if recorder else None,
-        )
-        video = recorder.finish(outcome.success, outcome.failure_mode) if recorder else None
-    finally:
-        if recorder:
-            recorder.abandon()
-    return _Done(outcome=outcome, video=video, renderer=os.environ.get("MUJOCO_GL", ""))
-
-
-# --- in the parent ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -316,9 +165,9 @@ class WorkerPool:
             yield from self._lose(worker, worker.reason_of_death(), pending)
             return
         worker.heard_at = time.monotonic()
-        if isinstance(message, _Ready):
+        if isinstance(message, Ready):
             worker.is_ready = True
-        elif isinstance(message, _Ask):
+        elif isinstance(message, Ask):
             worker.question = Question(
                 key=worker.job.spec.key,
                 decision=message.decision,
@@ -326,7 +175,7 @@ class WorkerPool:
                 previous_HA=worker.job.previous_HA,
             )
             worker.asked_at = time.perf_counter()
-        elif isinstance(message, _Failed):
+        elif isinstance(message, Failed):
             if message.while_starting:
                 raise SimulatorError(f"no simulator could be started: {message.reason}")
             yield from self._lose(worker, message.reason, pending)
@@ -389,7 +238,7 @@ class WorkerPool:
         context = multiprocessing.get_context("spawn")  # a forked simulator would share the parent's GPU context
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_work,
+            target=work,
             args=(theirs, self._make_benchmark, self._max_environments),
             daemon=True,
             name="vlatune-simulator",

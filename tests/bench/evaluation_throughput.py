@@ -25,8 +25,9 @@ from vlatune.eval.benchmarks import load_benchmark
 from vlatune.eval.policy_server import PolicyServer, Question
 from vlatune.eval.results import EpisodeKey
 from vlatune.eval.rollout import EpisodeOutcome, roll_out
+from vlatune.eval.simulator_process import EpisodeSpec
 from vlatune.eval.sweep_plan import Wanted, make_plan
-from vlatune.eval.workers import EpisodeSpec, WorkerPool
+from vlatune.eval.workers import WorkerPool
 
 CHUNK = 8
 

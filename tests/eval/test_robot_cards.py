@@ -13,8 +13,9 @@ from vlatune.data.episodes import DataError
 from vlatune.data.robots import LIBERO_PANDA, LIBERO_PANDA_JOINTS, LIBERO_PANDA_JOINTS_FINGERS
 from vlatune.data.robots.libero_panda import gripper_opening
 from vlatune.eval.benchmarks import load_benchmark
+from vlatune.eval.simulator_process import EpisodeSpec
 from vlatune.eval.sweep_plan import Wanted, make_plan
-from vlatune.eval.workers import EpisodeSpec, SimulatorError, WorkerPool
+from vlatune.eval.workers import SimulatorError, WorkerPool
 
 
 def spec(robot: str, actor: str = "policy") -> EpisodeSpec:
