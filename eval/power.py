@@ -13,6 +13,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from .text_tables import aligned
+
 _NEGLIGIBLE = 1e-10
 """Outcomes rarer than this, at either end, are not added up."""
 
@@ -84,14 +86,7 @@ def describe(config: PowerConfig) -> str:
     gains = [detectable_gain(weaker, count, power=target, alpha=alpha) for count in config.episodes]
     gained = ["none" if gain is None else f"+{100 * gain:.1f} pp" for gain in gains]
     lines.append([f"gain over {weaker:g} found with {target:.0%} power", *([""] * len(config.power)), *gained])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = "\n".join(
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    table = aligned(lines)
     return (
         f"{first:g} against {second:g}, two-sided at {alpha:g}.\n"
         "Left: episodes per policy by the normal approximation, in brackets the exact power of so many.\n"

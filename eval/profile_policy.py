@@ -18,13 +18,14 @@ from ..data.files import write_whole
 from .benchmarks import load_benchmark
 from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
 from .latency import Latency, clock_of, measure
-from .profile_rows import FILE_NAME, ProfileRow, csv_of, policy_columns, row_of
+from .profile_rows import FILE_NAME, ProfileRow, policy_columns, row_of
 from .profile_simulator import SimulatorCost, episode_seconds, in_simulator, without_simulator
 from .profile_tables import episode_table, latency_table, remarks
 from .run_folder import checkpoint_at, find_run
 from .simulator_process import MakeBenchmark
 from .sweep_plan import Wanted, executed_steps, make_plan
 from .sweep_rows import installed_versions
+from .text_tables import csv_of
 
 if TYPE_CHECKING:
     from ..policy.acting import ActingPolicy
@@ -227,7 +228,7 @@ def _written(
         episode_title=f"an episode of {config.episode_steps} control steps, estimated: {rows[0].suite}, one process",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE_NAME, csv_of(rows))
+    write_whole(folder / FILE_NAME, csv_of(rows, ProfileRow))
     write_whole(folder / FIGURE_NAME, figure)
     return Profile(folder=folder, rows=tuple(rows), text="\n\n".join(texts))
 

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +111,6 @@ class ProfileRow:
 
 COLUMNS = [field.name for field in fields(ProfileRow)]
 _DTYPES: Mapping[Any, str] = {str: "str", int: "Int64", int | None: "Int64", float: "float64", float | None: "float64"}
-
-
-def csv_of(rows: Sequence[ProfileRow]) -> bytes:
-    import pandas as pd
-
-    text: str = pd.DataFrame([asdict(row) for row in rows], columns=COLUMNS, dtype=object).to_csv(index=False)
-    return text.encode()
 
 
 def read(path: Path) -> "pd.DataFrame":

@@ -25,8 +25,9 @@ from .collect import start_worker
 from .replay_demos import demo_path, task_of
 from .replay_episode import Replayed, ReplayJob, replay_demo
 from .replay_findings import about_file, drift_note
-from .replay_rows import ReplayRow, csv_of, row_of, table_of
+from .replay_rows import ReplayRow, row_of, table_of
 from .replay_sheet import sheet_of
+from .text_tables import csv_of
 
 FILE_NAME = "replay.csv"
 
@@ -100,7 +101,7 @@ def replay(config: ReplayConfig) -> ReplayReport:
             sentences[job] = [finding.sentence for finding in replayed.findings]
             _keep_sheet(config, replayed)
     ordered = tuple(rows[job] for job in jobs if job in rows)
-    write_whole(config.folder / FILE_NAME, csv_of(ordered))
+    write_whole(config.folder / FILE_NAME, csv_of(ordered, ReplayRow))
     findings: list[str] = []
     notes: list[str] = []
     for path in dict.fromkeys(job.path for job in jobs):

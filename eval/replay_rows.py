@@ -1,12 +1,13 @@
 """`replay.csv`: one row a demonstration; and the table of files that a person reads."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
 from .replay_episode import Replayed, Run
 from .statistics import wilson
+from .text_tables import aligned
 
 DRIFT_TOLERANCE = 0.01
 """Metres or radians: a position further than this from the recorded one has left it."""
@@ -96,13 +97,6 @@ def row_of(replayed: Replayed) -> ReplayRow:
     )
 
 
-def csv_of(rows: Sequence[ReplayRow]) -> bytes:
-    import pandas as pd
-
-    text: str = pd.DataFrame([asdict(row) for row in rows], columns=COLUMNS, dtype=object).to_csv(index=False)
-    return text.encode()
-
-
 def table_of(rows: Sequence[ReplayRow]) -> str:
     """One line a file: success with its interval, and the worst of every comparison."""
     lines = [["file", "demos", "success", "95 % interval", "open loop", "drift", "pictures", "state", "lag"]]
@@ -129,14 +123,7 @@ def table_of(rows: Sequence[ReplayRow]) -> str:
         low, high = wilson(successes, len(rows))
         together = ["together", str(len(rows)), f"{successes / len(rows):.1%}", f"{low:.1%} to {high:.1%}"]
         lines.append(together + [""] * (len(lines[0]) - len(together)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = "\n".join(
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    table = aligned(lines)
     return (
         f"{table}\n\n"
         "success: the recorded actions from the recorded state. open loop: the same actions from a fresh reset, reported only.\n"

@@ -235,16 +235,17 @@ class RunSweep:
 
     def _check_same(self, rows: Sequence[EpisodeRow], split: Split, candidate: Candidate | None) -> None:
         """Raises `DataError` if rows that are there would be taken for what they are not."""
+        batch_size = self._serve(candidate).batch_size if candidate else None
         for row in rows:
             if row.split != split:
                 raise DataError(
                     f"{self._folder} has init state {row.init_state} of {row.suite} task {row.task_id} as an episode of the {row.split} half, and "
                     f"with --selection-episodes {self._config.selection_episodes} it belongs to the {split} half; give another --out"
                 )
-            if candidate is not None and row.batch_size != self._serve(candidate).batch_size:
+            if candidate is not None and row.batch_size != batch_size:
                 raise DataError(
                     f"{self._folder} has episodes of {candidate.label} with forwards of {row.batch_size} observations, and these would have "
-                    f"{self._serve(candidate).batch_size}, whose last bits differ; give --batch-size {row.batch_size}, or another --out"
+                    f"{batch_size}, whose last bits differ; give --batch-size {row.batch_size}, or another --out"
                 )
 
     def _specs(self, split: Split, actor: str, candidate: Candidate | None) -> list[EpisodeSpec]:
