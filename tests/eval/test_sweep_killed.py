@@ -66,10 +66,12 @@ def test_twenty_kills_and_as_many_of_workers_change_nothing(tmp_path, undisturbe
     while kills < 20:
         process = subprocess.Popen(command(run, tmp_path), stdout=subprocess.DEVNULL)
         before = path.read_text().count("\n") if path.exists() else 0
-        # Every third dies early, the others after a few rows, so that the sweep lasts for twenty of them.
-        rows_first, deadline = (0 if kills % 3 == 0 else rng.randint(2, 9)), time.monotonic() + 120
-        time.sleep(rng.uniform(0.05, 2.5) if rows_first == 0 else 0)
-        while time.monotonic() < deadline and process.poll() is None and rows_first:
+        # Every third dies early, by the clock or with its first row; the others after a few rows. Few, because on a fast
+        # machine a sweep that writes many rows between two looks would be over before its twentieth death.
+        early = kills % 3 == 0
+        rows_first = 1 if early else rng.randint(1, 5)
+        deadline = time.monotonic() + (rng.uniform(0.05, 2.5) if early else 120)
+        while time.monotonic() < deadline and process.poll() is None:
             if path.exists() and path.read_text().count("\n") >= before + rows_first:
                 break
             time.sleep(rng.uniform(0.0, 0.02))
