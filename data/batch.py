@@ -7,24 +7,25 @@ Values are in **raw units** (metres, radians, the simulator's action units): nor
 statistics travel with the weights and nobody else can apply them twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .raw_observation import RawObservation
 
-__all__ = ["Batch", "Observation", "Prompts", "RawObservation", "Repeats"]
+Whole = TypeVar("Whole")
+
+__all__ = ["Batch", "Observation", "Prompts", "RawObservation", "Repeats", "mapped"]
 
 
 class Movable:
     """A dataclass of tensors that can be brought to a device."""
 
     def to(self, device: torch.device | str) -> Self:
-        moved: Self = _moved(self, device)
-        return moved
+        return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +93,15 @@ class Batch(Movable):
     """int64: the frame's place in the cache. With the step it names a sample's noise, whatever the rank."""
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with every tensor in it, however deep, on `device`."""
+def mapped(value: Whole, change: Callable[[Tensor], Tensor]) -> Whole:
+    """`value` with `change` of every tensor in it, however deep."""
+    changed: Any = value
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
-    return value
+        changed = change(value)
+    elif isinstance(value, Mapping):
+        changed = {key: mapped(item, change) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: mapped(getattr(value, field.name), change) for field in fields(value)}
+        changed = replace(value, **parts)
+    whole: Whole = changed
+    return whole

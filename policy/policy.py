@@ -13,7 +13,7 @@ from .backbones.siglip_t5 import SiglipT5Config
 from .config import Embodiment, PolicyConfig
 from .experts import EXPERTS
 from .experts.dit import DiTExpertConfig
-from .experts.expert import BoundExpert
+from .experts.expert import SplitExpert
 from .objectives.draws import DrawKeys
 from .objectives.objective import Draw, Loss, Objective
 from .prefix import Prefix
@@ -105,9 +105,9 @@ class Policy(nn.Module):
             control_hz_B = control_hz_B.masked_fill(observation.hidden.control_hz_B, 0)
         return replace(prefix, state_BTS=state_BTS, action_mask_BA=action_mask_BA, control_hz_B=control_hz_B)
 
-    def bind(self, observation: Observation) -> BoundExpert:
+    def bind(self, observation: Observation) -> SplitExpert:
         """The expert, bound to the encoded observation; it can then be called for any noise."""
-        bound: BoundExpert = self.expert.bind(self.prefix(observation))
+        bound: SplitExpert = self.expert.bind(self.prefix(observation))
         return bound
 
     def forward(self, batch: Batch, keys: DrawKeys, draw: Draw | None = None) -> Loss:
@@ -124,10 +124,17 @@ class Policy(nn.Module):
     def sample(self, observation: Observation, noise_BHA: Tensor, objective: Objective | None = None) -> Tensor:
         """A chunk of the robot's actions in raw units, float32. `noise_BHA` is standard normal, (B, *noise_shape). `objective` samples in
         place of the policy's own, for instance with another number of steps."""
-        objective = objective or self.config.objective
-        laid_out_BHA = objective.sample(self.bind(observation), noise_BHA)
-        actions_BHA: Tensor = self.action_normaliser.inverse(self.action_layout.inverse(laid_out_BHA))
-        return actions_BHA
+        chunks_BKHW = self.chunks(observation, noise_BHA[:, None], objective or self.config.objective)
+        actions_BHW: Tensor = self.action_normaliser.inverse(chunks_BKHW[:, 0])
+        return actions_BHW
+
+    def chunks(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Tensor:
+        """(B, K, H, W) float32: for each of K noises a chunk of the robot's W actions, normalised; a row is encoded once for all of its K."""
+        batch, num_candidates = noise_BKHA.shape[:2]
+        bound = self.bind(observation)
+        bound = bound if num_candidates == 1 else bound.fan_out(num_candidates)
+        laid_out_BHA = objective.sample(bound, noise_BKHA.flatten(0, 1))
+        return self.action_layout.inverse(laid_out_BHA).float().unflatten(0, (batch, num_candidates))
 
 
 def _check_image_tokens(config: PolicyConfig) -> None:

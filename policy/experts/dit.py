@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..layers.noise_level_embedding import make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
+from .expert import LevelFeatures
 
 NUM_FREQUENCIES = 128
 """Cosines, and as many sines, of a scalar that becomes a token."""
@@ -300,10 +301,17 @@ class BoundDiTExpert:
         )
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
+        return self.evaluate(x_BHA, self.level_features(noise_level_B, second_level_B))
+
+    def level_features(self, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> LevelFeatures:
+        expert = self.expert
+        level_B1D = expert.t_embedder(torch.round(NATIVE_STEPS * noise_level_B.float()), self.fixed_B2D.dtype)
+        return (with_second_level(level_B1D[:, 0], expert.second_level_embedding, second_level_B),)
+
+    def evaluate(self, x_BHA: Tensor, features: LevelFeatures) -> Tensor:
         expert = self.expert
         dtype = self.fixed_B2D.dtype
-        level_B1D = expert.t_embedder(torch.round(NATIVE_STEPS * noise_level_B.float()), dtype)
-        level_B1D = with_second_level(level_B1D[:, 0], expert.second_level_embedding, second_level_B)[:, None]
+        level_B1D = features[0][:, None].expand(x_BHA.shape[0], -1, -1)
         actions_BHD = expert.state_adaptor(torch.cat([x_BHA.to(dtype), self.mask_B1A.expand_as(x_BHA)], dim=-1))
         x_BND = torch.cat([level_B1D, self.fixed_B2D, actions_BHD], dim=1) + expert.x_pos_embed
         for block, condition in zip(expert.blocks, self.conditions, strict=True):

@@ -5,6 +5,7 @@ into every action token, and proprioception is a token of the expert's own, whic
 computed once, when the expert is bound, and joins the keys and values.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from ..layers.noise_level_embedding import embed_noise_level, make_second_level,
 from ..layers.norms import AdaRMSNorm
 from ..layers.rotary import rotary_angles
 from ..prefix import Prefix, PrefixShape
+from .expert import LevelFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,10 @@ class GemmaExpert(nn.Module):
     def unread_parameters(self) -> list[nn.Parameter]:
         return []
 
+    def adaptive_norms(self) -> Iterator[AdaRMSNorm]:
+        """In the order of a call: two a layer, then the last; none in π0."""
+        return (module for module in self.modules() if isinstance(module, AdaRMSNorm))
+
     def bind(self, prefix: Prefix) -> "BoundGemmaExpert":
         """Raises ValueError if the prefix carries no keys and values."""
         if prefix.layers_kv is None or prefix.mask_BP is None:
@@ -83,7 +89,7 @@ class GemmaExpert(nn.Module):
         if prefix.state_BTS is None:
             raise ValueError("this expert reads proprioception, and the prefix carries none")
         dtype = prefix.layers_kv[0][0].dtype
-        _, state_kv = bound.through_layers(self.state_proj(prefix.state_BTS[:, -1:].to(dtype)), None)
+        _, state_kv = bound.through_layers(self.state_proj(prefix.state_BTS[:, -1:].to(dtype)))
         mask_BP = torch.cat([prefix.mask_BP, torch.ones_like(prefix.mask_BP[:, :1])], dim=1)
         return BoundGemmaExpert(
             self, mask_BP, tuple(appended(seen, own) for seen, own in zip(prefix.layers_kv, state_kv, strict=True))
@@ -103,23 +109,34 @@ class BoundGemmaExpert:
         return BoundGemmaExpert(self.expert, mask_BP, repeated(self.layers_kv, num_candidates))
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
+        return self.evaluate(x_BHA, self.level_features(noise_level_B, second_level_B))
+
+    def level_features(self, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> LevelFeatures:
+        """The modulations of all norms, in order; for π0 the one embedding that joins the action tokens."""
         expert = self.expert
-        dtype = self.layers_kv[0][0].dtype
-        level_BD = embed_noise_level(noise_level_B, expert.config.gemma.width).to(dtype)
+        level_BD = embed_noise_level(noise_level_B, expert.config.gemma.width).to(self.layers_kv[0][0].dtype)
         level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
-        x_BHD = expert.action_in_proj(x_BHA.to(dtype))
-        condition_BD = None
+        if expert.config.noise_level == "action_token":
+            return (level_BD,)
+        condition_BD = functional.silu(expert.time_mlp_out(functional.silu(expert.time_mlp_in(level_BD))))
+        return tuple(norm.modulation(condition_BD) for norm in expert.adaptive_norms())
+
+    def evaluate(self, x_BHA: Tensor, features: LevelFeatures) -> Tensor:
+        expert = self.expert
+        x_BHD = expert.action_in_proj(x_BHA.to(self.layers_kv[0][0].dtype))
         if expert.config.noise_level == "adaptive_norm":
-            condition_BD = functional.silu(expert.time_mlp_out(functional.silu(expert.time_mlp_in(level_BD))))
+            x_BHD, _ = self.through_layers(x_BHD, features)
+            x_BHD, _ = expert.norm(x_BHD, features[-1])
         else:
-            x_BHD = torch.cat([x_BHD, level_BD[:, None].expand_as(x_BHD)], dim=-1)
+            x_BHD = torch.cat([x_BHD, features[0][:, None].expand_as(x_BHD)], dim=-1)
             x_BHD = expert.action_time_mlp_out(functional.silu(expert.action_time_mlp_in(x_BHD)))
-        x_BHD, _ = self.through_layers(x_BHD, condition_BD)
-        x_BHD, _ = expert.norm(x_BHD, condition_BD)
+            x_BHD, _ = self.through_layers(x_BHD)
+            x_BHD, _ = expert.norm(x_BHD)
         return expert.action_out_proj(x_BHD).float()
 
-    def through_layers(self, x_BND: Tensor, condition_BD: Tensor | None) -> tuple[Tensor, list[KeysValues]]:
-        """Tokens that see what is bound and one another: the last layer's output, and every layer's keys and values."""
+    def through_layers(self, x_BND: Tensor, modulations: Sequence[Tensor] = ()) -> tuple[Tensor, list[KeysValues]]:
+        """Tokens that see what is bound and one another: the last layer's output, and every layer's keys and values. `modulations` are
+        those of the layers' norms, two a layer, where they are adaptive."""
         num_tokens = x_BND.shape[1]
         # They are placed after the prefix's valid tokens.
         positions_BN = self.mask_BP.sum(-1, keepdim=True) + torch.arange(num_tokens, device=x_BND.device)
@@ -127,7 +144,8 @@ class BoundGemmaExpert:
         own_mask_BN = self.mask_BP.new_ones(x_BND.shape[0], num_tokens)
         mask_B1NP = torch.cat([self.mask_BP, own_mask_BN], dim=1)[:, None, None, :].expand(-1, 1, num_tokens, -1)
         own = []
-        for layer, keys_values in zip(self.expert.layers, self.layers_kv, strict=True):
-            x_BND, layer_kv = layer(x_BND, angles, mask_B1NP, prefix=keys_values, condition_BD=condition_BD)
+        for index, (layer, keys_values) in enumerate(zip(self.expert.layers, self.layers_kv, strict=True)):
+            pair = (modulations[2 * index], modulations[2 * index + 1]) if modulations else (None, None)
+            x_BND, layer_kv = layer(x_BND, angles, mask_B1NP, prefix=keys_values, modulations=pair)
             own.append(layer_kv)
         return x_BND, own

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
+from .expert import LevelFeatures
 from .pooling import PoolingConfig, TokenPooling, newest_state, read_tokens
 
 
@@ -208,9 +209,15 @@ class BoundMLPExpert:
         return BoundMLPExpert(self.expert, self.condition_BC.repeat_interleave(num_candidates, dim=0))
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
+        return self.evaluate(x_BHA, self.level_features(noise_level_B, second_level_B))
+
+    def level_features(self, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> LevelFeatures:
+        expert = self.expert
+        level_BD = embed_noise_level(noise_level_B, expert.config.noise_level_width).to(self.condition_BC.dtype)
+        return (expert.noise_level_mlp(with_second_level(level_BD, expert.second_level_embedding, second_level_B)),)
+
+    def evaluate(self, x_BHA: Tensor, features: LevelFeatures) -> Tensor:
         expert, dtype = self.expert, self.condition_BC.dtype
-        level_BD = embed_noise_level(noise_level_B, expert.config.noise_level_width).to(dtype)
-        level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
-        level_BD = expert.noise_level_mlp(level_BD)
+        level_BD = features[0].expand(x_BHA.shape[0], -1)
         out_BC = expert.velocity_mlp(torch.cat([x_BHA.to(dtype).flatten(1), level_BD, self.condition_BC], dim=-1))
         return out_BC.unflatten(1, (expert.horizon, -1)).float()

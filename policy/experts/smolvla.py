@@ -16,6 +16,7 @@ from ..layers.decoder import DecoderBlock, DecoderConfig, KeysValues, make_norm,
 from ..layers.noise_level_embedding import embed_noise_level, make_second_level, with_second_level
 from ..layers.rotary import rotary_angles
 from ..prefix import Prefix, PrefixShape
+from .expert import LevelFeatures
 
 SMOLVLA_EXPERT = DecoderConfig(
     family="llama", width=720, depth=16, mlp_dim=2048, num_heads=15, num_kv_heads=5, head_dim=64, norm_eps=1e-5
@@ -114,12 +115,16 @@ class BoundSmolVLAExpert:
         return BoundSmolVLAExpert(self.expert, mask_BP, repeated(self.layers_kv, num_candidates))
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
+        return self.evaluate(x_BHA, self.level_features(noise_level_B, second_level_B))
+
+    def level_features(self, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> LevelFeatures:
+        level_BD = embed_noise_level(noise_level_B, self.expert.config.decoder.width).to(self.layers_kv[0][0].dtype)
+        return (with_second_level(level_BD, self.expert.second_level_embedding, second_level_B),)
+
+    def evaluate(self, x_BHA: Tensor, features: LevelFeatures) -> Tensor:
         expert, config = self.expert, self.expert.config
-        dtype = self.layers_kv[0][0].dtype
-        level_BD = embed_noise_level(noise_level_B, config.decoder.width).to(dtype)
-        level_BD = with_second_level(level_BD, expert.second_level_embedding, second_level_B)
-        x_BHD = expert.action_in_proj(x_BHA.to(dtype))
-        x_BHD = torch.cat([x_BHD, level_BD[:, None].expand_as(x_BHD)], dim=-1)
+        x_BHD = expert.action_in_proj(x_BHA.to(self.layers_kv[0][0].dtype))
+        x_BHD = torch.cat([x_BHD, features[0][:, None].expand_as(x_BHD)], dim=-1)
         x_BHD = expert.action_time_mlp_out(functional.silu(expert.action_time_mlp_in(x_BHD)))
 
         mask_B1HP = self.mask_BP[:, None, None, :].expand(-1, 1, x_BHD.shape[1], -1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.noise_level_embedding import make_second_level, with_second_level
 from ..prefix import Prefix, PrefixShape
+from .expert import LevelFeatures
 from .pooling import PoolingConfig, TokenPooling
 
 FINAL_GROUPS = 8
@@ -179,11 +180,15 @@ class ConditionalUNet(nn.Module):
             conv_block(dims[0], dims[0], config.kernel_size, FINAL_GROUPS), nn.Conv1d(dims[0], action_dim, 1)
         )
 
-    def forward(self, x_BHA: Tensor, time_B: Tensor, condition_BC: Tensor) -> Tensor:
-        """(B, H, A), (B,) and (B, C) -> (B, H, A), in the condition's dtype."""
+    def encoded_time(self, time_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, step_embed_dim)."""
+        encoded_BC: Tensor = self.diffusion_step_encoder(embed_step(time_B, self.step_embed_dim).to(dtype))
+        return encoded_BC
+
+    def forward(self, x_BHA: Tensor, step_BC: Tensor, condition_BC: Tensor) -> Tensor:
+        """(B, H, A), the encoded time (B or 1, step_embed_dim) and (B, C) -> (B, H, A), in the condition's dtype."""
         dtype = condition_BC.dtype
-        step_BC = self.diffusion_step_encoder(embed_step(time_B, self.step_embed_dim).to(dtype))
-        condition_BC = torch.cat([step_BC, condition_BC], dim=-1)
+        condition_BC = torch.cat([step_BC.expand(condition_BC.shape[0], -1), condition_BC], dim=-1)
         x_BKH = x_BHA.to(dtype).transpose(1, 2)
         skips = []
         for level in self.down_modules:
@@ -235,7 +240,17 @@ class BoundUNetExpert:
         return BoundUNetExpert(self.expert, self.condition_BC.repeat_interleave(num_candidates, dim=0))
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
-        time_B = native_time(noise_level_B, self.expert.config.time_scale)
-        condition_BC = with_second_level(self.condition_BC, self.expert.second_level_embedding, second_level_B)
-        out_BHA: Tensor = self.expert.unet(x_BHA, time_B, condition_BC)
+        return self.evaluate(x_BHA, self.level_features(noise_level_B, second_level_B))
+
+    def level_features(self, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> LevelFeatures:
+        """The encoded time, and what the second level adds to the condition, zeros without one."""
+        expert, dtype = self.expert, self.condition_BC.dtype
+        time_B = native_time(noise_level_B, expert.config.time_scale)
+        nothing_BC = torch.zeros(len(time_B), self.condition_BC.shape[1], dtype=dtype, device=time_B.device)
+        added_BC = with_second_level(nothing_BC, expert.second_level_embedding, second_level_B)
+        return expert.unet.encoded_time(time_B, dtype), added_BC
+
+    def evaluate(self, x_BHA: Tensor, features: LevelFeatures) -> Tensor:
+        step_BC, added_BC = features
+        out_BHA: Tensor = self.expert.unet(x_BHA, step_BC, self.condition_BC + added_BC)
         return out_BHA.float()

@@ -83,14 +83,18 @@ class Attention(nn.Module):
         """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
         return x_BND.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def queries(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(self.heads(self.q_proj(x_BND)), angles)
+
     def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:
         return rotate(self.heads(self.k_proj(x_BND)), angles), self.heads(self.v_proj(x_BND))
 
-    def forward(
-        self, x_BND: Tensor, angles: tuple[Tensor, Tensor], keys_values: KeysValues, mask_B1NP: Tensor | None
-    ) -> Tensor:
-        """Attend from `x` to `keys_values`; `mask` is True where a query may look."""
-        queries = rotate(self.heads(self.q_proj(x_BND)), angles)
+    def projected(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, KeysValues]:
+        """Queries, and keys and values, of the same tokens."""
+        return self.queries(x_BND, angles), self.keys_values(x_BND, angles)
+
+    def forward(self, queries: Tensor, keys_values: KeysValues, mask_B1NP: Tensor | None) -> Tensor:
+        """Attend from `queries` to `keys_values`; `mask` is True where a query may look."""
         keys, values = keys_values
         attended = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask_B1NP, enable_gqa=queries.shape[1] != keys.shape[1]
@@ -129,21 +133,23 @@ class DecoderBlock(nn.Module):
         mask_B1NP: Tensor | None,
         *,
         prefix: KeysValues | None = None,
-        condition_BD: Tensor | None = None,
+        modulations: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor, KeysValues]:
-        """The layer's output and its own keys and values. With a `prefix`, attention runs over prefix and own tokens."""
-        normed_BND, gate = self.input_layernorm(x_BND, condition_BD)
-        own = self.self_attn.keys_values(normed_BND, angles)
+        """The layer's output and its own keys and values. With a `prefix`, attention runs over prefix and own tokens. `modulations` are
+        those of its two norms, where they are adaptive."""
+        normed_BND, gate = self.input_layernorm(x_BND, modulations[0])
+        queries, own = self.self_attn.projected(normed_BND, angles)
         visible = own if prefix is None else appended(prefix, own)
-        x_BND = _gated_residual(x_BND, self.self_attn(normed_BND, angles, visible, mask_B1NP), gate)
-        normed_BND, gate = self.post_attention_layernorm(x_BND, condition_BD)
+        x_BND = _gated_residual(x_BND, self.self_attn(queries, visible, mask_B1NP), gate)
+        normed_BND, gate = self.post_attention_layernorm(x_BND, modulations[1])
         return _gated_residual(x_BND, self.mlp(normed_BND), gate), own
 
     def cross(
         self, x_BND: Tensor, angles: tuple[Tensor, Tensor], keys_values: KeysValues, mask_B1NP: Tensor | None
     ) -> Tensor:
         """The layer's output where its tokens attend to `keys_values` alone."""
-        x_BND = x_BND + self.self_attn(self.input_layernorm(x_BND)[0], angles, keys_values, mask_B1NP)
+        queries = self.self_attn.queries(self.input_layernorm(x_BND)[0], angles)
+        x_BND = x_BND + self.self_attn(queries, keys_values, mask_B1NP)
         return x_BND + self.mlp(self.post_attention_layernorm(x_BND)[0])
 
     def keys_values(self, x_BND: Tensor, angles: tuple[Tensor, Tensor]) -> KeysValues:

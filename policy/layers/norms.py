@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
         self.offset = offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         normalised = _rms_normalised(x, self.eps) * (self.offset + self.weight.float())
         return normalised.to(x.dtype), None
 
@@ -37,10 +37,14 @@ class AdaRMSNorm(nn.Module):
         with torch.no_grad():
             self.dense.bias.copy_(torch.cat([torch.zeros(2 * width), torch.ones(width)]))
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`x` (B, N, width), `condition` (B, width) -> normalised (B, N, width), gate (B, 1, width)."""
-        if condition is None:
-            raise ValueError("an adaptive norm needs its condition; pass the noise level's embedding")
-        scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=-1)
+    def modulation(self, condition: Tensor) -> Tensor:
+        """(B, width) -> (B, 1, 3 * width): scale, shift and gate. Nothing else of the norm reads the condition."""
+        return self.dense(condition)[:, None]
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`x` (B, N, width), `modulation` of B rows or of one for all -> normalised (B, N, width), gate (B or 1, 1, width)."""
+        if modulation is None:
+            raise ValueError("an adaptive norm needs its modulation; pass what its method of that name returns")
+        scale, shift, gate = modulation.chunk(3, dim=-1)
         normalised = _rms_normalised(x, self.eps) * (1 + scale.float()) + shift.float()
         return normalised.to(x.dtype), gate.to(x.dtype)

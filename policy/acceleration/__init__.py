@@ -1,0 +1,1 @@
+"""The compiled acting path: `sampler.py` says what it does."""
