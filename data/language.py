@@ -13,6 +13,7 @@ Shape letters: B batch, L tokens, E encoder width.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .text_encoder import TextEncoder, build_encoder, load_encoder
 from .tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+MAX_NEW_TEXTS = 256
+"""Encoded texts that are kept beside those of the table, the latest: a server meets ever new ones."""
 EMPTY_TEXT = ""
 """No instruction is blank, so that it can stand for one that training hides."""
 
@@ -303,6 +306,8 @@ class Language:
             assert self._encoder is not None  # `prompts` saw to it
             entry = Entry(ids_L=entry.ids_L, embedding_LE=next(self._encoder.encode_each([entry.ids_L.tolist()])))
             self._table[text] = entry  # costly; a tokenised text is cheap, and with the state in it never comes again
+            if len(self._table) > len(self.table_texts) + MAX_NEW_TEXTS:
+                del self._table[next(itertools.islice(self._table, len(self.table_texts), None))]
         return entry
 
     def _tokenised(self, text: str) -> Entry:

@@ -18,6 +18,7 @@ from ..data.files import write_whole
 from ..data.images import Orientation
 from ..data.prepare import PrepareConfig, open_source
 from ..data.sources.libero_hdf5 import ObservationTiming
+from ..policy.execution import Compile, Precision
 from .act_frames import ChosenEpisode, choose, noise_at
 from .act_policies import check_fit, deviation_of, load_policies
 from .act_rows import (
@@ -59,12 +60,19 @@ class ActConfig:
     """Frames from one decision to the next."""
     num_sampling_steps: int | None = None
     """Integration (or denoising) steps per chunk; as trained if not given."""
+    num_candidates: int = 1
+    """Chunks drawn at every frame from one encoded observation. The first is what is compared; with two or more, how far they lie apart
+    is shown, too: how sure the policy is."""
     weights: Literal["raw", "ema"] = "raw"
     """The weights as trained, or their average over training."""
     seed: int = 0
     """Of the noise, which follows from it, the episode and the frame."""
     device: str = "auto"
     """Where the policy runs: `auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    compile: Compile = "off"
+    """Act through compiled programs: `on`, or `auto`, which does so on a GPU and says why where it cannot."""
+    precision: Precision = "float32"
+    """Of backbone and expert."""
     camera: Mapping[str, str] = field(default_factory=dict)
     """LeRobot: the robot's cameras and their keys in the dataset, as for `vlatune prepare`."""
     stored_orientation: Orientation | Literal["auto"] = "auto"
@@ -75,7 +83,7 @@ class ActConfig:
     """Folder for the CSVs and figures instead of RUN/act; what lies there is replaced."""
 
     def __post_init__(self) -> None:
-        for name, lowest in {"every": 1, "num_sampling_steps": 1, "seed": 0}.items():
+        for name, lowest in {"every": 1, "num_sampling_steps": 1, "num_candidates": 1, "seed": 0}.items():
             number = getattr(self, name)
             if number is not None and number < lowest:
                 raise ValueError(f"--{name.replace('_', '-')} is {number}; at least {lowest} is needed")
@@ -116,6 +124,8 @@ def act(config: ActConfig, source: EpisodeSource | None = None) -> Comparison:
         averaged=config.weights == "ema",
         device=config.device,
         num_sampling_steps=config.num_sampling_steps,
+        compile=config.compile,
+        precision=config.precision,
     )
     first = next(iter(policies.values()))
     folder = config.out or find_run(config.checkpoint).path / "act"
@@ -135,7 +145,14 @@ def act(config: ActConfig, source: EpisodeSource | None = None) -> Comparison:
     chosen = choose(source, config.episode, task=config.task, every=config.every)
     total = len(policies) * sum(len(one.frames) for one in chosen)
     with tqdm(total=total, desc="act", unit="decision", dynamic_ncols=True, file=sys.stdout) as bar:
-        predictions = predict(policies, chosen, source.robot.action_names, seed=config.seed, on_decision=bar.update)
+        predictions = predict(
+            policies,
+            chosen,
+            source.robot.action_names,
+            seed=config.seed,
+            num_candidates=config.num_candidates,
+            on_decision=bar.update,
+        )
     deviation_A, origin = deviation_of(policies, chosen)
     of_policies = {
         label: {
@@ -158,6 +175,7 @@ def predict(
     names: Sequence[str],
     *,
     seed: int,
+    num_candidates: int = 1,
     on_decision: Callable[[], object] = lambda: None,
 ) -> "pd.DataFrame":
     """The rows of `predictions.csv`. Policies take turns on each frame, so that a machine that grows slower does so for both."""
@@ -169,9 +187,9 @@ def predict(
         for frame in one.frames:
             for label, policy in policies.items():
                 raw = one.observed(frame, policy.observation_offsets, pictures, policy.cameras)
-                noise = noise_at(seed, one.episode.key, frame, policy.noise_shape)
+                noise = noise_at(seed, one.episode.key, frame, (num_candidates, *policy.noise_shape))
                 begun = time.perf_counter()
-                predicted_HA = policy.act(raw, noise[None])
+                candidates_KHA = policy.candidates([raw], num_candidates, noise[None])[0]
                 of_chunk = {
                     "policy": label,
                     "task": one.episode.task,
@@ -180,7 +198,7 @@ def predict(
                     "frame": frame,
                     "decision_ms": round(1e3 * (time.perf_counter() - begun), 3),
                 }
-                chunks.append(prediction_rows(of_chunk, predicted_HA, one.demonstrated(frame, policy.horizon)))
+                chunks.append(prediction_rows(of_chunk, candidates_KHA, one.demonstrated(frame, policy.horizon)))
                 on_decision()
     return predictions_of(chunks, names)
 

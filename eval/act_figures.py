@@ -29,7 +29,7 @@ def actions_figure(
     title: str,
 ) -> bytes:
     """A PNG of one episode: a panel for each action dimension over time, with what was demonstrated and, from every decision, the chunk
-    that a policy predicted, begun by a dot."""
+    that a policy predicted, begun by a dot; where several chunks were drawn, as broad as they lie apart."""
     num_rows = -(-len(names) // NUM_COLUMNS)
 
     def draw(figure: Figure) -> None:
@@ -40,6 +40,10 @@ def actions_figure(
                 rows = predictions[predictions["policy"] == policy]
                 starts = rows[rows["horizon_step"] == 0]
                 axes.plot(*_segments(rows, f"predicted_{name}"), color=colour, lw=1.4, alpha=0.8, label=policy)
+                if rows[f"spread_{name}"].notna().any():
+                    frames, middle = _segments(rows, f"predicted_{name}")
+                    _, spread = _segments(rows, f"spread_{name}")
+                    axes.fill_between(frames, middle - spread, middle + spread, color=colour, alpha=0.2, lw=0)
                 axes.plot(starts["frame"], starts[f"predicted_{name}"], color=colour, ls="", marker="o", ms=3)
             axes.set_title(name, loc="left", fontsize=10)
             if a + NUM_COLUMNS >= len(names):  # nothing below it

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.robots.card import RobotCard
+from ..policy.execution import Compile, Precision
 from .act_frames import ChosenEpisode
 from .run_folder import checkpoint_at, find_run
 
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def load_policies(
-    checkpoint: Path, other: Path | None, *, averaged: bool, device: str, num_sampling_steps: int | None
+    checkpoint: Path,
+    other: Path | None,
+    *,
+    averaged: bool,
+    device: str,
+    num_sampling_steps: int | None,
+    compile: Compile = "off",
+    precision: Precision = "float32",
 ) -> "dict[str, ActingPolicy]":
     """One or two policies by label, `RUN/CHECKPOINT`; of a run its last checkpoint. Raises `DataError` where there is no such
     checkpoint, `ValueError` for two of different robots, or the same one twice."""
@@ -32,7 +40,9 @@ def load_policies(
     if len(set(labels)) < len(labels):  # two runs of one name
         labels = [f"{run.path}/{checkpoint.name}" for run, checkpoint in found.values()]
     policies = {
-        label: load_policy(checkpoint.path, device=device, averaged=checkpoint.averaged)
+        label: load_policy(
+            checkpoint.path, device=device, averaged=checkpoint.averaged, compile=compile, precision=precision
+        )
         for label, (_, checkpoint) in zip(labels, found.values(), strict=True)
     }
     if num_sampling_steps is not None:

@@ -19,8 +19,9 @@ SMALLEST_DEVIATION = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionRow:
-    """One step of one chunk. Fields are the first columns, in their order; after them `predicted_<dimension>` and
-    `demonstrated_<dimension>` in raw units, for each of the robot's action dimensions."""
+    """One step of one chunk. Fields are the first columns, in their order; after them, in raw units and for each of the robot's action
+    dimensions, `predicted_<dimension>`, `demonstrated_<dimension>` and `spread_<dimension>`: the standard deviation of the chunks that
+    were drawn, empty where only one was."""
 
     policy: str
     """`RUN/CHECKPOINT`."""
@@ -60,6 +61,8 @@ class ErrorRow:
     """Mean absolute predicted action, raw units."""
     demonstrated_size: float
     """Mean absolute demonstrated action, raw units."""
+    spread: float | None
+    """Mean standard deviation of the chunks drawn at one frame, raw units; None where only one was."""
     deviation: float
     """Standard deviation of the dimension: the same for all policies of the file."""
 
@@ -71,19 +74,22 @@ class Score:
     error: float
     """Mean absolute difference, raw units; of several dimensions a mixture of units that says nothing."""
     error_in_deviations: float
+    spread_in_deviations: float | None
+    """None where one chunk was drawn for a decision."""
     magnitude: float
     """Predicted mean size over demonstrated: below 1 for a timid policy; NaN where no motion was demonstrated."""
 
 
 def prediction_rows(
-    of_chunk: Mapping[str, Any], predicted_HA: np.ndarray, demonstrated_HA: np.ndarray
+    of_chunk: Mapping[str, Any], candidates_KHA: np.ndarray, demonstrated_HA: np.ndarray
 ) -> "pd.DataFrame":
-    """Rows of one chunk, one for each demonstrated step; `of_chunk` has the columns that they share. Actions stand in columns 0 to
-    2A - 1, until `named_actions` names them."""
+    """Rows of one decision, one for each demonstrated step; the first candidate is what was predicted, and `of_chunk` has the columns that
+    the rows share. Actions stand in columns 0 to 3A - 1, until `predictions_of` names them."""
     import pandas as pd
 
     num_steps = len(demonstrated_HA)
-    values = np.concatenate([predicted_HA[:num_steps], demonstrated_HA], axis=1)
+    spread_HA = candidates_KHA.std(axis=0) if len(candidates_KHA) > 1 else np.full_like(candidates_KHA[0], np.nan)
+    values = np.concatenate([candidates_KHA[0, :num_steps], demonstrated_HA, spread_HA[:num_steps]], axis=1)
     shared = pd.DataFrame({**of_chunk, "horizon_step": range(num_steps)})
     return pd.concat([shared, pd.DataFrame(values)], axis=1)
 
@@ -94,6 +100,7 @@ def predictions_of(chunks: "Sequence[pd.DataFrame]", names: Sequence[str]) -> "p
 
     columns = {k: f"predicted_{name}" for k, name in enumerate(names)}
     columns |= {len(names) + k: f"demonstrated_{name}" for k, name in enumerate(names)}
+    columns |= {2 * len(names) + k: f"spread_{name}" for k, name in enumerate(names)}
     order = [field.name for field in fields(PredictionRow)] + list(columns.values())
     return pd.concat(chunks, ignore_index=True).rename(columns=columns)[order]
 
@@ -113,6 +120,7 @@ def errors_of(
                 predicted = group[f"predicted_{name}"].to_numpy(np.float64)
                 demonstrated = group[f"demonstrated_{name}"].to_numpy(np.float64)
                 error = float(np.abs(predicted - demonstrated).mean())
+                spread = float(group[f"spread_{name}"].to_numpy(np.float64).mean())
                 rows.append(
                     ErrorRow(
                         policy=policy,
@@ -124,6 +132,7 @@ def errors_of(
                         error_in_deviations=error / max(float(deviation), SMALLEST_DEVIATION),
                         predicted_size=float(np.abs(predicted).mean()),
                         demonstrated_size=float(np.abs(demonstrated).mean()),
+                        spread=None if np.isnan(spread) else spread,
                         deviation=float(deviation),
                     )
                 )
@@ -138,9 +147,11 @@ def score(rows: Sequence[ErrorRow]) -> Score:
     predicted = float((counts * [row.predicted_size for row in rows] / scale).sum())
     demonstrated = float((counts * [row.demonstrated_size for row in rows] / scale).sum())
     in_deviations = float((counts * [row.error_in_deviations for row in rows]).sum() / counts.sum())
+    spreads = [row.spread for row in rows if row.spread is not None]
     return Score(
         error=float((counts * [row.error for row in rows]).sum() / counts.sum()),
         error_in_deviations=in_deviations,
+        spread_in_deviations=float((counts * spreads / scale).sum() / counts.sum()) if spreads else None,
         magnitude=predicted / demonstrated if demonstrated > 0 else float("nan"),
     )
 

@@ -14,6 +14,7 @@ def table(errors: Sequence[ErrorRow]) -> str:
     """A line a dimension, and one for all, with a column of each policy."""
     import pandas as pd
 
+    sentence = "error: mean absolute difference from the demonstrated actions, raw units; magnitude: predicted over demonstrated size"
     policies = list(dict.fromkeys(row.policy for row in errors))
     names = list(dict.fromkeys(row.dimension for row in errors))
     letters = {policy: f" {chr(ord('A') + k)}" if len(policies) > 1 else "" for k, policy in enumerate(policies)}
@@ -31,9 +32,13 @@ def table(errors: Sequence[ErrorRow]) -> str:
         columns[f"in deviations{letters[policy]}"] = [f"{one.error_in_deviations:.3f}" for one in scores]
     for policy, scores in of_policies.items():
         columns[f"magnitude{letters[policy]}"] = [f"{one.magnitude:.3f}" for one in scores]
+    if errors[0].spread is not None:
+        for policy, scores in of_policies.items():
+            columns[f"spread{letters[policy]}"] = [f"{one.spread_in_deviations:.3f}" for one in scores]
+        sentence += "; spread: standard deviation of the chunks drawn at one frame, in deviations"
     head = "\n".join(f"{letters[policy].strip() or 'policy'}: {policy}" for policy in policies)
     lines: str = pd.DataFrame(columns).to_string(index=False)
-    return f"{head}\n{lines}\nerror: mean absolute difference from the demonstrated actions, raw units; magnitude: predicted over demonstrated size."
+    return f"{head}\n{lines}\n{sentence}."
 
 
 def times(predictions: "pd.DataFrame") -> str:

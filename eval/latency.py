@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.batch import Observation
+    from ..policy.acceleration.sampler import Sampler
     from ..policy.acting import ActingPolicy
     from ..policy.experts.expert import BoundExpert
 
@@ -217,22 +219,41 @@ def measure(
 
 def watched(acting: "ActingPolicy", watch: Watch) -> "ActingPolicy":
     """The same policy, weights shared, whose every decision `watch` sees; `acting` itself stays as it is."""
-    policy, prepare = acting.policy, acting._prepared
-    watched_acting, watched_policy = copy.copy(acting), copy.copy(policy)
-    watched_acting.policy = watched_policy
+    prepare = acting._prepared
+    watched_acting = copy.copy(acting)
+    watched_acting.sampler = watched_sampler(acting.sampler, watch)
 
     def watched_prepare(observations: Sequence[RawObservation]) -> "Observation":
         with watch.span("prepare"):
             return prepare(observations)
 
+    watched_acting._prepared = watched_prepare  # type: ignore[method-assign]
+    return watched_acting
+
+
+def watched_sampler(sampler: "Sampler", watch: Watch) -> "Sampler":
+    """The same with its encoding and every call of its expert noted. What is compiled stays so, but is no longer one CUDA graph."""
+    from ..policy.acceleration.sampler import CompiledSampler, PlainSampler
+
+    if isinstance(sampler, CompiledSampler) and sampler.is_compiled:
+        return sampler.in_parts(partial(_noted, watch, "prefix"), partial(_noted, watch, "expert"))
+    policy = copy.copy(sampler.policy)
+
     def watched_bind(observation: "Observation") -> WatchedExpert:
         with watch.span("prefix"):
-            bound = policy.bind(observation)
+            bound = sampler.policy.bind(observation)
         return WatchedExpert(bound, watch)
 
-    watched_acting._prepared = watched_prepare  # type: ignore[method-assign]
-    watched_policy.bind = watched_bind  # type: ignore[method-assign]
-    return watched_acting
+    policy.bind = watched_bind  # type: ignore[method-assign, assignment]
+    return PlainSampler(policy)
+
+
+def _noted(watch: Watch, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*given: Any) -> Any:
+        with watch.span(part):
+            return call(*given)
+
+    return noted
 
 
 class WatchedExpert:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..data.files import write_whole
+from ..policy.execution import Compile, Precision
 from .benchmarks import load_benchmark
 from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
 from .latency import Latency, clock_of, measure
@@ -69,6 +70,11 @@ class ProfileConfig:
     """Control steps of the episode that is estimated."""
     device: str = "auto"
     """Where the policy runs: `auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    compile: Compile = "off"
+    """Act through compiled programs: `on`, or `auto`, which does so on a GPU and says why where it cannot. On a GPU a whole decision is
+    one CUDA graph; those taken apart launch its programs one by one."""
+    precision: Precision = "float32"
+    """Of backbone and expert."""
     threads: int | None = None
     """torch's on the processor; as torch chooses if not given. A sweep takes 1 where the policy runs on the CPU."""
     out: Path | None = None
@@ -122,7 +128,13 @@ def profile(config: ProfileConfig, *, make_benchmark: MakeBenchmark | None = Non
     task_and_protocol = None if benchmark is None else _task(config, benchmark)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    policy = load_policy(checkpoint.path, device=config.device, averaged=checkpoint.averaged)
+    policy = load_policy(
+        checkpoint.path,
+        device=config.device,
+        averaged=checkpoint.averaged,
+        compile=config.compile,
+        precision=config.precision,
+    )
     clock = clock_of(policy.device)
     settings = [policy.with_sampling_steps(n) for n in config.num_sampling_steps or (policy.num_sampling_steps,)]
     executed = [executed_steps(policy, n) for n in config.num_executed_steps or (None,)]

@@ -6,8 +6,8 @@ from .latency import PARTS
 from .profile_rows import ProfileRow
 
 EPISODE_CAUSES = (*PARTS, "physics", "render", "reset")
-NOT_MEASURED = """not measured: compiled decisions; weights in another dtype than they are loaded in; several simulators that share a policy
-(a sweep's columns queue_ms and policy_ms_mean have that); the first decision, which is slower"""
+NOT_MEASURED = """not measured: several simulators that share a policy (a sweep's columns queue_ms and policy_ms_mean have that); the
+first decision, which is slower"""
 
 
 def latency_table(rows: Sequence[ProfileRow]) -> str:

@@ -14,6 +14,7 @@ from .config import Embodiment, PolicyConfig
 from .experts import EXPERTS
 from .experts.dit import DiTExpertConfig
 from .experts.expert import SplitExpert
+from .objectives.consistency import sample_candidates
 from .objectives.draws import DrawKeys
 from .objectives.objective import Draw, Loss, Objective
 from .prefix import Prefix
@@ -130,11 +131,8 @@ class Policy(nn.Module):
 
     def chunks(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Tensor:
         """(B, K, H, W) float32: for each of K noises a chunk of the robot's W actions, normalised; a row is encoded once for all of its K."""
-        batch, num_candidates = noise_BKHA.shape[:2]
-        bound = self.bind(observation)
-        bound = bound if num_candidates == 1 else bound.fan_out(num_candidates)
-        laid_out_BHA = objective.sample(bound, noise_BKHA.flatten(0, 1))
-        return self.action_layout.inverse(laid_out_BHA).float().unflatten(0, (batch, num_candidates))
+        laid_out_BKHA = sample_candidates(objective, self.bind(observation), noise_BKHA)
+        return self.action_layout.inverse(laid_out_BKHA).float()
 
 
 def _check_image_tokens(config: PolicyConfig) -> None:

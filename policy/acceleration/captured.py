@@ -1,6 +1,7 @@
 """A function of tensors as one CUDA graph: recorded once, played back with one launch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +17,25 @@ NUM_WARM_UPS = 3
 class CapturedSample:
     """`sample` for one shape of inputs. What it reads and writes stays at one place in memory, keys and values of the prefix among them."""
 
-    def __init__(self, sample: Sample, observation: Observation, noise: Tensor) -> None:
-        """Records on the current device. Raises RuntimeError where something in `sample` cannot be recorded."""
+    def __init__(self, sample: Sample, observation: Observation, noise: Tensor, *, pool: Any) -> None:
+        """`pool` is memory that several graphs may share (`torch.cuda.graph_pool_handle`), since they are played one after another.
+
+        Raises RuntimeError where something in `sample` cannot be recorded."""
         self.observation = mapped(observation, torch.clone)
         self.noise = noise.clone()
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(NUM_WARM_UPS):
-                sample(self.observation, self.noise)
-        torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.chunks = sample(self.observation, self.noise)
+        with torch.cuda.device(noise.device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(NUM_WARM_UPS):
+                    sample(self.observation, self.noise)
+            torch.cuda.current_stream().wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.chunks = sample(self.observation, self.noise)
 
     def __call__(self, observation: Observation, noise: Tensor) -> Tensor:
-        """A new tensor; the inputs must have the shapes that were recorded."""
+        """A new tensor, which the next graph's play does not touch; the inputs must have the shapes that were recorded."""
         for place, given in zip(_tensors(self.observation), _tensors(observation), strict=True):
             place.copy_(given)
         self.noise.copy_(noise)

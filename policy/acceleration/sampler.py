@@ -4,15 +4,17 @@ The compiled path is the plain one's mathematics: the same backbone, expert and 
 depends on noise levels alone computed once, and two compiled programs for each shape: one encodes an observation and binds the
 expert, the other is a call of the expert. On a GPU both and the loop over the calls are one CUDA graph."""
 
+import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch._dynamo.config
 from torch import Tensor
 
 from ...data.batch import Observation
+from ..execution import Compile
 from ..experts.expert import LevelFeatures, SplitExpert
 from ..objectives.objective import Objective
 from ..policy import Policy
@@ -23,7 +25,6 @@ from .static_shapes import padded, shape_of
 
 logger = logging.getLogger(__name__)
 
-Execution = Literal["auto", "eager", "compiled"]
 MAX_PROGRAMS = 64
 """Shapes that are compiled before torch refuses more; its own limit is 8, and a server meets more prompts and batches."""
 
@@ -32,13 +33,19 @@ MAX_REASON = 300
 """Characters of torch's message that are shown: its first sentences say what failed, the rest how to report it."""
 
 
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 class Sampler(Protocol):
     """Shape letters: B batch, K candidates, H horizon, A the model's action dimensions, W those of the robot."""
 
+    policy: Policy
+
+    @property
+    def is_compiled(self) -> bool: ...
+
     def chunks(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Tensor:
         """(B, K, H, W) float32, normalised: a chunk for every noise, on prefixes that are encoded once."""
-
-    def bind(self, observation: Observation) -> SplitExpert: ...
 
 
 class CompiledSampler:
@@ -50,6 +57,8 @@ class CompiledSampler:
         merge_projections(policy)
         self.policy = policy
         self.is_required = is_required
+        self.captures = True
+        self._pool: Any = None
         self.programs: dict[tuple[object, ...], Sample] = {}
         self.why_eager: str | None = None
         self._features: dict[Objective, list[LevelFeatures]] = {}
@@ -71,9 +80,16 @@ class CompiledSampler:
                 self._give_up(error)
         return self._sampled(observation, noise_BKHA, objective, self._encoded, _evaluated)[:num_rows]
 
-    def bind(self, observation: Observation) -> SplitExpert:
-        """Not compiled: for what is more than a call of the expert, such as its derivative."""
-        return self.policy.bind(observation)
+    @property
+    def is_compiled(self) -> bool:
+        return self.why_eager is None
+
+    def in_parts(self, around_encode: Wrapper, around_evaluate: Wrapper) -> Self:
+        """The same programs, each call of them wrapped; on a GPU they are launched one by one."""
+        other = copy.copy(self)
+        other.encode, other.evaluate = around_encode(self.encode), around_evaluate(self.evaluate)
+        other.captures, other.programs = False, {}
+        return other
 
     def _program(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Sample:
         key = (objective, *shape_of(observation, noise_BKHA))
@@ -82,8 +98,10 @@ class CompiledSampler:
             def sample(observation: Observation, noise_BKHA: Tensor) -> Tensor:
                 return self._sampled(observation, noise_BKHA, objective, self.encode, self.evaluate)
 
-            on_gpu = noise_BKHA.is_cuda
-            self.programs[key] = CapturedSample(sample, observation, noise_BKHA) if on_gpu else sample
+            self.programs[key] = sample
+            if self.captures and noise_BKHA.is_cuda:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self.programs[key] = CapturedSample(sample, observation, noise_BKHA, pool=self._pool)
         return self.programs[key]
 
     def _sampled(
@@ -113,9 +131,7 @@ class CompiledSampler:
     def _give_up(self, error: RuntimeError) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
         if self.is_required:
-            raise ValueError(
-                f"this policy cannot be compiled here ({reason}); act with --execution eager, or auto"
-            ) from error
+            raise ValueError(f"this policy cannot be compiled here ({reason}); act with --compile off") from error
         logger.warning("acting without compiled programs, more slowly: %s", reason)
         self.why_eager = reason
         self.programs.clear()
@@ -126,7 +142,9 @@ def _evaluated(bound: SplitExpert, x_BHA: Tensor, features: LevelFeatures) -> Te
 
 
 class PlainSampler:
-    """See `Sampler`."""
+    """See `Sampler`: as it is trained."""
+
+    is_compiled = False
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -134,5 +152,9 @@ class PlainSampler:
     def chunks(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Tensor:
         return self.policy.chunks(observation, noise_BKHA, objective)
 
-    def bind(self, observation: Observation) -> SplitExpert:
-        return self.policy.bind(observation)
+
+def sampler_for(policy: Policy, compile: Compile) -> Sampler:
+    """`policy` is on its device, in its precision."""
+    if compile == "off" or (compile == "auto" and not next(policy.parameters()).is_cuda):
+        return PlainSampler(policy)
+    return CompiledSampler(policy, is_required=compile == "on")

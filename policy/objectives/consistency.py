@@ -17,7 +17,8 @@ from .objective import Objective
 def sample_candidates(objective: Objective, bound: BoundExpert, noise_BKHA: Tensor) -> Tensor:
     """(B, K, H, A): a chunk for every noise, all of a row from the prefix that is encoded once."""
     batch, num_candidates = noise_BKHA.shape[:2]
-    chunks_BHA = objective.sample(bound.fan_out(num_candidates), noise_BKHA.flatten(0, 1))
+    fanned = bound if num_candidates == 1 else bound.fan_out(num_candidates)
+    chunks_BHA = objective.sample(fanned, noise_BKHA.flatten(0, 1))
     return chunks_BHA.unflatten(0, (batch, num_candidates))
 
 

@@ -65,8 +65,11 @@ class Flow(NoiseLevelLaw):
         return Loss(entries_BHA=error_BHA.square(), weight_BHA=valid_BHA.to(error_BHA.dtype), metrics={})
 
     def sample(self, expert: BoundExpert, noise_BHA: Tensor) -> Tensor:
-        velocity = _velocity_of_sample(expert) if self.prediction == "sample" else expert
-        return integrated(velocity, noise_BHA, num_steps=self.num_sampling_steps, solver=self.solver)
+        return integrated(self.velocity(expert), noise_BHA, num_steps=self.num_sampling_steps, solver=self.solver)
+
+    def velocity(self, expert: BoundExpert) -> Velocity:
+        """What is integrated, whichever of the two the expert predicts."""
+        return _velocity_of_sample(expert) if self.prediction == "sample" else expert
 
 
 def _velocity_of_sample(expert: BoundExpert) -> Velocity:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_text_models import write_gemma_model, write_t5
 
+from vlatune.data import language as language_module
 from vlatune.data.episodes import DataError
 from vlatune.data.language import Language, check_available
 from vlatune.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -104,6 +105,18 @@ def test_an_unknown_text_falls_back_to_letters_and_bytes(language):
     assert not (prompts.ids_BL[prompts.mask_BL] == 2).any()  # nothing is unknown
     assert prompts.embedding_BLE is not None
     assert prompts.embedding_BLE.isfinite().all()
+
+
+def test_of_ever_new_texts_the_latest_are_kept(tmp_path, monkeypatch):
+    """The table's own stay; a new text that was dropped is encoded again, to the same."""
+    monkeypatch.setattr(language_module, "MAX_NEW_TEXTS", 2)
+    built = Language.build(TEXTS)
+    first = built.prompts(["text a"], embeddings=True).embedding_BLE
+    for text in ("text b", "text c", "text b", "text d"):
+        built.prompts([text], embeddings=True)
+    assert list(built._table)[len(built.table_texts) :] == ["text c", "text d"]
+    assert set(TEXTS) <= set(built._table)
+    assert torch.equal(built.prompts(["text a"], embeddings=True).embedding_BLE, first)
 
 
 def test_an_encoder_that_comes_out_differently_refuses_new_texts(language, tmp_path):

@@ -24,6 +24,7 @@ from vlatune.eval.act import ActConfig, act, main, predict
 from vlatune.eval.act_frames import choose, noise_at
 from vlatune.eval.act_policies import check_fit, deviation_of
 from vlatune.eval.act_rows import PREDICTIONS_NAME, errors_of, score
+from vlatune.eval.act_tables import table
 from vlatune.policy.acting import load_policy
 from vlatune.policy.checkpoints.folder import write_policy
 from vlatune.policy.checkpoints.layout import COMPLETE
@@ -73,7 +74,8 @@ def imitator(policy, demos, *, factor=1.0, **changes):
     for name, value in changes.items():
         setattr(fake, name, value)
 
-    def do(raw, noise):
+    def do(raws, num_candidates, noise):
+        (raw,) = raws
         fake.asked.append((raw, noise))
         frame = round(1000 * float(raw.state_TS[-1, 0]))
         picture = raw.images["agentview"][-1]
@@ -82,9 +84,9 @@ def imitator(policy, demos, *, factor=1.0, **changes):
         actions = source.read(demo.get(raw.instruction, "open_the_box_demo.hdf5/demo_0")).actions_NA
         chunk = np.full((fake.horizon, len(NAMES)), 99.0, np.float32)
         chunk[: len(actions) - frame] = factor * actions[frame : frame + fake.horizon]
-        return chunk
+        return chunk + 0.1 * np.arange(num_candidates, dtype=np.float32)[None, :, None, None]
 
-    fake.act = do
+    fake.candidates = do
     return fake
 
 
@@ -106,6 +108,19 @@ def test_who_does_what_was_demonstrated_makes_no_error_and_who_does_half_is_half
     assert half.error_in_deviations == pytest.approx(expected, rel=1e-5)
     of_one = score([row for row in rows if row.policy == "half" and row.dimension == NAMES[3]])
     assert of_one.error == pytest.approx(0.5 * np.abs(np.concatenate(chunks)[:, 3]).mean(), rel=1e-5)
+
+
+def test_several_candidates_show_how_far_they_lie_apart(policy, demos):
+    """The first is compared; of 0 and 0.1 above it the standard deviation is 0.05, and there is none of one."""
+    chosen = choose(LiberoHdf5Source(demos), (0,), task="", every=2)
+    one, two = (predict({"same": imitator(policy, demos)}, chosen, NAMES, seed=0, num_candidates=k) for k in (1, 2))
+    spreads = [f"spread_{name}" for name in NAMES]
+    assert one[spreads].isna().all(axis=None)
+    np.testing.assert_allclose(two[spreads], 0.05, rtol=1e-4)
+    rows = errors(two, ["same"])
+    assert score(rows).error_in_deviations == 0 and score(errors(one, ["same"])).spread_in_deviations is None
+    assert score(rows).spread_in_deviations == pytest.approx(float((0.05 / DEVIATION).mean()), rel=1e-4)
+    assert "spread" in table(rows) and "spread" not in table(errors(one, ["same"]))
 
 
 def test_error_and_magnitude_mean_what_they_mean_in_training(policy, demos):
@@ -163,8 +178,8 @@ def test_two_policies_see_the_same_frames_with_the_same_noise(policy, demos):
     predict(policies, chosen, NAMES, seed=4)
     assert len(longer.asked) == 3 + 3
     for (raw_a, noise_a), (raw_b, noise_b) in zip(policies["A"].asked, longer.asked, strict=True):
-        assert (noise_a.shape, noise_b.shape) == ((1, 4, 7), (1, 6, 7))
-        np.testing.assert_array_equal(noise_a, noise_b[:, :4])
+        assert (noise_a.shape, noise_b.shape) == ((1, 1, 4, 7), (1, 1, 6, 7))
+        np.testing.assert_array_equal(noise_a, noise_b[:, :, :4])
         np.testing.assert_array_equal(raw_a.images["eye_in_hand"], raw_b.images["eye_in_hand"])
     drawn = {noise_at(*which, (4, 7)).tobytes() for which in ((0, "a", 0), (0, "a", 8), (0, "b", 0), (1, "a", 0))}
     assert len(drawn) == 4
@@ -199,16 +214,22 @@ def test_the_command_writes_what_it_found(run, demos, capsys):
     folder = run / "act"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["actions_0000.png", "actions_0002.png", "errors.csv", "errors.png", "predictions.csv"]
-    predictions, table = (pd.read_csv(folder / name) for name in ("predictions.csv", "errors.csv"))
+    predictions, errors_found = (pd.read_csv(folder / name) for name in ("predictions.csv", "errors.csv"))
     assert len(predictions) == 2 * ((4 + 4 + 1) + (4 + 4 + 3))
-    assert not predictions.isna().any(axis=None) and not table.isna().any(axis=None)
-    assert len(table) == 2 * 7 * 4 and list(table["policy"].unique()) == ["demo/step_000005", "demo/step_000003"]
+    spreads = [name for name in (*predictions, *errors_found) if name.startswith("spread")]
+    assert len(spreads) == 7 + 1, "empty where one chunk was drawn"
+    for rows in (predictions, errors_found):
+        assert set(rows.columns[rows.isna().any()]) == set(rows.columns) & set(spreads)
+    assert len(errors_found) == 2 * 7 * 4 and list(errors_found["policy"].unique()) == [
+        "demo/step_000005",
+        "demo/step_000003",
+    ]
     source = LiberoHdf5Source(demos)
     actions = {key: source.read(key).actions_NA for key in predictions["key"].unique()}
     for _, row in predictions.iterrows():
         demonstrated = actions[row["key"]][row["frame"] + row["horizon_step"]]
         np.testing.assert_allclose([row[f"demonstrated_{name}"] for name in NAMES], demonstrated, rtol=1e-6)
-    for _, row in table.iterrows():
+    for _, row in errors_found.iterrows():
         of = predictions[
             (predictions["policy"] == row["policy"]) & (predictions["horizon_step"] == row["horizon_step"])
         ]

@@ -90,7 +90,7 @@ def test_without_a_simulator_and_from_the_command_line(run, tmp_path, capsys):
     assert (row["benchmark"], row["renderer"], row["num_executed_steps"], row["dtype"]) == ("", "", 4, "float32")
     assert math.isnan(row["physics_ms"]) and math.isnan(row["episode_s"])
     printed = capsys.readouterr().out
-    assert "pictures of noise, 256 px" in printed and "not measured: compiled decisions" in printed
+    assert "pictures of noise, 256 px" in printed and "not measured: several simulators" in printed
     assert "an episode" not in printed and not (run / "profile").exists()
 
 
