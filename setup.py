@@ -44,6 +44,8 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "tyro>=0.9",  # the command line is the config dataclasses
+        "websockets>=15",  # `vlatune serve` speaks openpi's protocol: websockets, ...
+        "msgpack>=1.0.5",  # ... with messages in msgpack; 15 has the asyncio server that answers /healthz and closes by code
         "ninja",  # torch.compile and the Adam of zero2_offload are built on first use
     ],
     extras_require={
@@ -59,6 +61,11 @@ setup(
             "termcolor",  # robosuite's, though it does not say so
         ],
         "wandb": ["wandb>=0.19"],  # `vlatune train --wandb`; TensorBoard is there without
+        "export": [  # `vlatune export`; acting with what it wrote needs onnxruntime alone
+            "onnx>=1.18",  # the format
+            "onnxscript>=0.7",  # torch.onnx writes graphs with it
+            "onnxruntime>=1.22",  # runs them; for a GPU install onnxruntime-gpu in its place
+        ],
         "dev": [
             "pytest>=8",
             "pytest-timeout",

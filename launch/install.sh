@@ -139,7 +139,7 @@ stage "what DeepSpeed is built with" "${pip[@]}" numpy packaging psutil ninja hj
 stage "$(pin deepspeed)" env DS_BUILD_OPS=0 "${pip[@]}" --no-build-isolation "$(pin deepspeed)"
 # Their declared requirements are wrong for us (setup.py says how); what they import is in the `sim` extra.
 stage "$(pin hf-libero), $(pin robosuite)" "${pip[@]}" --no-deps "$(pin hf-libero)" "$(pin robosuite)"
-stage "vlatune and the rest" "${pip[@]}" --no-build-isolation --editable '.[sim,dev]'
+stage "vlatune and the rest" "${pip[@]}" --no-build-isolation --editable '.[sim,dev,export]'
 
 works="
 import deepspeed, torch, vlatune.launch.cli, vlatune.eval.benchmarks.libero_library

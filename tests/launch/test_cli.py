@@ -91,7 +91,7 @@ def test_unknown_command_lists_them_all(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["zzz"])
     assert (
-        "there are check, collect, replay, prepare, embed, inspect, verify, features, plan, train, runs, sweep, merge, profile, act, power, convert, parity, study, report"
+        "there are check, collect, replay, prepare, embed, inspect, verify, features, plan, train, runs, sweep, merge, profile, act, serve, power, convert, export, parity, study, report"
         in capsys.readouterr().err
     )
 
