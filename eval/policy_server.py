@@ -23,7 +23,11 @@ class PolicyUnderTest(Protocol):
     def action_dim(self) -> int: ...
     @property
     def num_candidates(self) -> int:
-        """Chunks drawn for a decision; with more than one, `act` chooses by what was planned before."""
+        """Chunks drawn for a decision."""
+
+    @property
+    def reads_previous(self) -> bool:
+        """Whether `act` reads what was decided before: with several candidates, or real-time chunking."""
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -50,6 +54,7 @@ class PolicyUnderTest(Protocol):
         *,
         previous: np.ndarray | None = None,
         num_executed_steps: int | None = None,
+        inference_delay: int = 0,
     ) -> np.ndarray:
         """(B, H, A) float32. The observations' pictures may change once it has returned."""
 
@@ -63,6 +68,8 @@ class Question:
     raw: RawObservation
     previous_HA: np.ndarray | None = None
     """The answer to the episode's decision before; None at its first."""
+    num_over: int = 0
+    """How many steps of that answer are carried out while this one is awaited, after those between the two observations."""
 
 
 def noise_for(key: EpisodeKey, decision: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -88,15 +95,21 @@ class PolicyServer:
         observations = [question.raw for question in questions]
         observations += spare * observations[-1:]
         expected = (self.batch_size, policy.horizon, policy.action_dim)
-        if policy.num_candidates == 1:
+        if not policy.reads_previous:
             chunk_BHA = policy.act(observations, noise)
         else:
             previous_BHA = np.full(expected, np.nan, np.float32)
             for row_HA, question in zip(previous_BHA, questions, strict=False):
                 if question.previous_HA is not None:
                     row_HA[:] = question.previous_HA
-            executed = questions[0].key.num_executed_steps  # one for all questions of a sweep
-            chunk_BHA = policy.act(observations, noise, previous=previous_BHA, num_executed_steps=executed)
+            first = questions[0]  # what it says of steps is the same for all questions of a sweep
+            chunk_BHA = policy.act(
+                observations,
+                noise,
+                previous=previous_BHA,
+                num_executed_steps=first.key.num_executed_steps,
+                inference_delay=first.num_over,
+            )
         if chunk_BHA.shape != expected:
             raise ValueError(f"the policy returned actions of shape {chunk_BHA.shape} instead of {expected}")
         return chunk_BHA[: len(questions)]

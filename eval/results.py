@@ -111,8 +111,8 @@ class EpisodeRow:
     image_px: int
     """Side of the rendered images."""
     sampling: str
-    """The policy's sampling settings, as JSON with sorted keys; `num_candidates` among them where several chunks were drawn for a
-    decision."""
+    """The policy's sampling settings, as JSON with sorted keys. Only where they were asked for: `num_candidates` chunks drawn for a
+    decision, `temporal_ensemble`, `inference_delay` with `while_waiting`, `real_time_chunking` with `max_guidance`, `compiled`, `precision`."""
     num_sampling_steps: int | None
     """Integration (or denoising) steps per chunk: the paper's N."""
     num_executed_steps: int

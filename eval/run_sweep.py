@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from .sweep import SweepConfig
 
-LoadPolicy = Callable[[Checkpoint, str, int], PolicyUnderTest]
-"""(checkpoint, device, chunks drawn per decision) -> the policy, ready to act."""
+LoadPolicy = Callable[[Checkpoint, "SweepConfig"], PolicyUnderTest]
+"""(checkpoint, where and how it is to sample) -> the policy, ready to act."""
 
 POLL_S = 10.0
 """How often a watching sweep looks for new checkpoints."""
@@ -284,7 +284,7 @@ class RunSweep:
         """The candidate's policy; the weights loaded last are kept."""
         if self._served is None or self._served[0] != candidate.checkpoint:
             self._served = None  # free the memory first
-            policy = self._load_policy(candidate.checkpoint, self._config.device, self._config.num_candidates)
+            policy = self._load_policy(candidate.checkpoint, self._config)
             on_cpu = str(policy.device) == "cpu"
             batch_size = self._config.batch_size or (1 if on_cpu else min(self._num_workers, 32))
             self._served = candidate.checkpoint, PolicyServer(policy, batch_size)
@@ -294,11 +294,18 @@ class RunSweep:
         return PolicyServer(server.policy.with_sampling_steps(candidate.num_sampling_steps), server.batch_size)
 
     def _executed_steps(self, candidate: Candidate, policy: PolicyUnderTest) -> int:
-        """How many of a chunk's actions are executed; raises `ValueError` where chunks drawn together could then not be compared."""
+        """How many of a chunk's actions are executed; raises `ValueError` where chunks drawn together could then not be compared, a delay
+        not be bridged, or a chunk not go on with the last."""
         steps = executed_steps(policy, candidate.num_executed_steps)
+        self._plan.delay.check(steps, policy.horizon)
         if policy.num_candidates > 1 and steps == policy.horizon:
             raise ValueError(
                 f"--num-candidates {policy.num_candidates}: candidates are compared on the steps of the last chunk that are left, and all "
+                f"{steps} are executed; type --num-executed-steps with a number below {steps}"
+            )
+        if self._config.real_time_chunking != "off" and steps == policy.horizon:
+            raise ValueError(
+                f"--real-time-chunking {self._config.real_time_chunking}: a chunk goes on with the steps of the last one that are left, and all "
                 f"{steps} are executed; type --num-executed-steps with a number below {steps}"
             )
         return steps

@@ -9,7 +9,7 @@ import signal
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .actors import make_decide
 from .benchmarks.benchmark import Benchmark, Environment, EpisodeProtocol, Task
 from .benchmarks.libero_paths import AssetsError
 from .benchmarks.renderer import RendererError
+from .delay import InferenceDelay
 from .results import EpisodeKey
 from .rollout import EpisodeOutcome, roll_out
 from .shared_pictures import PictureWriter, Places
@@ -47,6 +48,8 @@ class EpisodeSpec:
     """Control steps, relative to a decision, whose observations the policy reads."""
     temporal_ensemble: float | None = None
     """The coefficient of `rollout.roll_out`."""
+    delay: InferenceDelay = field(default_factory=InferenceDelay)
+    """How late decisions are."""
     video: Path | None = None
     """Where the mp4 goes, without the outcome and `.mp4`: `videos/step_000400__task00…__init07__policy`."""
 
@@ -151,6 +154,7 @@ def _run_episode(
             num_executed_steps=key.num_executed_steps,
             observation_offsets=spec.observation_offsets,
             temporal_ensemble=spec.temporal_ensemble,
+            delay=spec.delay,
             reads_images=bool(spec.cameras),
             render_every_step=recorder is not None,
             on_step=recorder.on_step if recorder else None,

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ..policy.execution import Compile, Precision
 from .benchmarks import load_benchmark
+from .delay import InferenceDelay
 from .episode_log import EpisodeLog
 from .policy_server import PolicyUnderTest
 from .run_folder import Checkpoint, RunFolder, check_average, find_runs
@@ -48,6 +50,15 @@ class SweepConfig:
     num_candidates: int = 1
     """Chunks drawn for every decision from one encoded observation; the one that best goes on with what the last chunk still had
     planned is executed, all through an episode. Stands in each row's `sampling`."""
+    inference_delay: int = 0
+    """Control steps by which every decision comes late, as a slow policy's would on a robot."""
+    while_waiting: Literal["hold", "previous"] = "hold"
+    """What the robot does meanwhile: stand still, or go on with the chunk before (which needs as many steps of it left)."""
+    real_time_chunking: Literal["off", "exponential", "linear", "ones", "zeros"] = "off"
+    """Hold every chunk, while it is sampled, to what the last one has planned beyond the executed steps: fully for the steps of the
+    delay, then less and less as named (exponential: the paper's; zeros: not at all). Flow policies; arXiv 2506.07339."""
+    max_guidance: float = 5.0
+    """With --real-time-chunking: the most that the correction weighs; at most the number of sampling steps."""
     protocol: str = ""
     """Episode protocol by name (libero: openvla, libero, lerobot); the suite's default if empty. The next three override it."""
     max_steps: int | None = None
@@ -85,10 +96,20 @@ class SweepConfig:
     """Observations per forward, always; 1 on a CPU and one per worker (at most 32) on an accelerator if not given."""
     device: str = "auto"
     """Where policies run: `auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    compile: Compile = "off"
+    """Act through compiled programs: `on`, or `auto`, which does so on a GPU and says why where it cannot. Actions differ in their last
+    digits; stands in each row's `sampling`."""
+    precision: Precision = "float32"
+    """Of backbone and expert. bfloat16 stands in each row's `sampling`."""
     timeout_s: float = 300.0
     """A simulator silent for so long has hung: it is replaced and its episode run once more."""
     out: Path | None = None
     """Folder for episodes.csv, videos/ and chosen.json instead of RUN/evaluation (OUT/<run> with several runs)."""
+
+    @property
+    def delay(self) -> InferenceDelay:
+        """Of a policy's decisions."""
+        return InferenceDelay(num_steps=self.inference_delay, while_waiting=self.while_waiting)
 
     @property
     def actors(self) -> tuple[str, ...]:
@@ -131,6 +152,7 @@ def sweep(
             seed=config.seed,
             num_videos=config.videos,
             temporal_ensemble=config.temporal_ensemble,
+            delay=config.delay,
             actors=config.actors,
         ),
     )
@@ -160,7 +182,7 @@ def sweep(
                         shard=shard,
                         pool=pool,
                         num_workers=num_workers,
-                        load_policy=load_policy or _load_policy,
+                        load_policy=load_policy or load_for_sweep,
                     ),
                     run,
                     folder,
@@ -186,6 +208,18 @@ def _check_settings(config: SweepConfig) -> None:
         raise ValueError(
             f"--temporal-ensemble {config.temporal_ensemble:g}: the coefficient is 0 or more; ACT's is 0.01"
         )
+    if config.inference_delay < 0:
+        raise ValueError(f"--inference-delay {config.inference_delay}: a delay is 0 control steps or more")
+    if config.real_time_chunking != "off":
+        others = {
+            "--num-candidates": config.num_candidates > 1,
+            "--temporal-ensemble": config.temporal_ensemble is not None,
+        }
+        for option in (option for option, is_given in others.items() if is_given):
+            raise ValueError(
+                f"--real-time-chunking {config.real_time_chunking}: it holds chunks together in its own way, and so does {option}; leave one "
+                "of them out"
+            )
     for name, steps in (("sampling", config.num_sampling_steps), ("executed", config.num_executed_steps)):
         if min(steps, default=1) < 1 or len(set(steps)) < len(steps):
             raise ValueError(f"--num-{name}-steps {' '.join(map(str, steps))}: give different numbers of 1 or more")
@@ -209,13 +243,24 @@ def _check_run(config: SweepConfig, run: RunFolder) -> None:
         run.untrained()
 
 
-def _load_policy(checkpoint: Checkpoint, device: str, num_candidates: int) -> PolicyUnderTest:
+def load_for_sweep(checkpoint: Checkpoint, config: SweepConfig) -> PolicyUnderTest:
+    """The checkpoint's policy, sampling as the settings say."""
     import torch
 
     from ..policy.acting import load_policy
+    from ..policy.objectives.real_time import RealTimeChunking
 
+    chunking = None
+    if config.real_time_chunking != "off":
+        chunking = RealTimeChunking(schedule=config.real_time_chunking, max_guidance=config.max_guidance)
     policy: PolicyUnderTest = load_policy(
-        checkpoint.path, device=device, num_candidates=num_candidates, averaged=checkpoint.averaged
+        checkpoint.path,
+        device=config.device,
+        num_candidates=config.num_candidates,
+        averaged=checkpoint.averaged,
+        real_time_chunking=chunking,
+        compile=config.compile,
+        precision=config.precision,
     )
     if str(policy.device) == "cpu":
         torch.set_num_threads(1)  # the simulators are the load, one a core; more threads only contend with them

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..data.robots import LIBERO_PANDA, robot_named
 from .actors import wrong_instruction
 from .benchmarks.benchmark import Benchmark, EpisodeProtocol, Task
+from .delay import InferenceDelay
 from .policy_server import PolicyUnderTest
 from .results import EpisodeKey
 from .run_folder import Checkpoint
@@ -32,6 +33,8 @@ class SweepPlan:
     num_videos: int
     """Episodes recorded per task, candidate and actor in each half."""
     temporal_ensemble: float | None = None
+    delay: InferenceDelay = field(default_factory=InferenceDelay)
+    """Of a policy's decisions; actors without a policy know no delay."""
 
     @property
     def has_selection(self) -> bool:
@@ -87,6 +90,7 @@ class SweepPlan:
                         cameras=policy.cameras if policy else (),
                         observation_offsets=policy.observation_offsets if policy else (0,),
                         temporal_ensemble=self.temporal_ensemble if policy else None,
+                        delay=self.delay if policy else InferenceDelay(),
                         video=video_stem(key, task, checkpoint, videos) if k < self.num_videos else None,
                     )
                 )
@@ -96,6 +100,9 @@ class SweepPlan:
         settings = dict(policy.sampling)
         if self.temporal_ensemble is not None:
             settings["temporal_ensemble"] = self.temporal_ensemble
+        if self.delay.num_steps:
+            settings["inference_delay"] = self.delay.num_steps
+            settings["while_waiting"] = self.delay.while_waiting
         return json.dumps(settings, sort_keys=True)
 
 
@@ -126,6 +133,7 @@ class Wanted:
     seed: int = 0
     num_videos: int = 0
     temporal_ensemble: float | None = None
+    delay: InferenceDelay = field(default_factory=InferenceDelay)
     actors: Sequence[str] = ()
 
 
@@ -159,6 +167,7 @@ def make_plan(benchmark: Benchmark, wanted: Wanted) -> SweepPlan:
         seed=wanted.seed,
         num_videos=wanted.num_videos,
         temporal_ensemble=wanted.temporal_ensemble,
+        delay=wanted.delay,
     )
 
 

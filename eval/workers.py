@@ -173,6 +173,7 @@ class WorkerPool:
                 decision=message.decision,
                 raw=replace(message.raw, images=worker.pictures.read(message.places)),
                 previous_HA=worker.job.previous_HA,
+                num_over=worker.job.spec.delay.num_over,
             )
             worker.asked_at = time.perf_counter()
         elif isinstance(message, Failed):

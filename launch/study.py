@@ -16,6 +16,7 @@ STUDIES = {
         "expert alone, LoRA or everything, from a pretrained policy on held-out tasks; 25 minutes",
     ),
     "align": (".studies.align", "L1 and RS-IMLE from a pretrained flow policy, aligned with it or not; 30 minutes"),
+    "delay": (".studies.delay", "decisions that come late: waiting, going on, real-time chunking; about 40 minutes"),
 }
 """name -> (module with a `main(argv)`, one line of help)."""
 

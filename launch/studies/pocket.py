@@ -203,13 +203,13 @@ def made_cache(folder: Path, *, demos: int, noise: float, suite: str = SUITE, to
 
 def judged_episodes(run: Path, suite: str, num_executed_steps: int) -> "pd.DataFrame":
     """The run's episodes that count: on the suite's init states of the reporting half, with so many steps executed of the one chunk
-    that is drawn for a decision."""
+    that is drawn for a decision, which comes without a delay and is not held to the last."""
     episodes = results.read(run)
     return episodes[
         (episodes["split"] == "report")
         & (episodes["actor"] == "policy")
         & (episodes["suite"] == suite)
-        & ~episodes["sampling"].str.contains("num_candidates")
+        & ~episodes["sampling"].str.contains("num_candidates|inference_delay|real_time_chunking")
         & (episodes["num_executed_steps"] == num_executed_steps)
     ]
 

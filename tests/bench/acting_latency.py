@@ -1,4 +1,5 @@
-"""How long a decision takes: the plain path, the compiled one, fewer steps, and a prefix that is encoded again for every step.
+"""How long a decision takes: the plain path, the compiled one, fewer steps, a prefix that is encoded again for every step, and chunks held to
+the last ones (real-time chunking), which takes a backward pass through the expert for every step.
 
     PYTHONPATH=tests/support python tests/bench/acting_latency.py
         on the CPU, one thread: π0.5 and SmolVLA in the full models' proportions, batch 1; ratios of medians in one run
@@ -31,6 +32,7 @@ from vlatune.data.normalise import Statistics
 from vlatune.eval.text_tables import aligned
 from vlatune.policy.acceleration.sampler import CompiledSampler
 from vlatune.policy.objectives.objective import Objective
+from vlatune.policy.objectives.real_time import RealTimeChunking
 from vlatune.policy.objectives.regression import Regression
 from vlatune.policy.objectives.rs_imle import RSIMLE
 from vlatune.policy.policy import Policy
@@ -113,6 +115,7 @@ def rows_of(policy: Policy, name: str, batch: int, compiled: CompiledSampler, op
         ways[label, "plain"] = partial(policy.chunks, observation, noise, objective)
         ways[label, "compiled"] = partial(compiled.chunks, observation, noise, objective)
     ways[own, "prefix at every step"] = partial(prefix_at_every_step, policy, observation, noise)
+    ways[own, "real-time chunking"] = partial(real_time_chunking, policy, observation, noise)
     times = in_turns(ways, options)
     parts = part_times(compiled, observation, noise, options)
     reference = statistics.median(times[own, "plain"])
@@ -161,6 +164,22 @@ def prefix_at_every_step(policy: Policy, observation: Observation, noise_BKHA: t
             return policy.bind(observation)(x_BHA, noise_level_B, second_level_B)
 
     return policy.config.objective.sample(Forgetful(), noise_BKHA[:, 0])
+
+
+def real_time_chunking(policy: Policy, observation: Observation, noise_BKHA: torch.Tensor) -> torch.Tensor:
+    """Plain otherwise: every row goes on with a chunk of which half is left."""
+    with torch.inference_mode(False), torch.no_grad():
+        noise_BHA = noise_BKHA[:, 0].clone()
+        return RealTimeChunking().sample(
+            policy.config.objective,
+            policy.bind(observation),
+            noise_BHA,
+            torch.zeros_like(noise_BHA),
+            torch.ones(len(noise_BHA), dtype=torch.bool),
+            policy.action_layout.mask_W,
+            num_executed=noise_BHA.shape[1] // 2,
+            inference_delay=1,
+        )
 
 
 def in_turns(ways: dict[tuple[str, str], Callable[[], object]], options: Options) -> dict[tuple[str, str], list[float]]:

@@ -60,6 +60,7 @@ class HashingActor:
     horizon = CHUNK
     action_dim = 7
     num_candidates = 1
+    reads_previous = False
     num_sampling_steps = 1
     noise_shape = (CHUNK, 7)
     robot = "libero_panda"

@@ -1,11 +1,11 @@
 """One episode: which steps are rendered, what a decision sees, and the mean of overlapping chunks."""
 
-from dataclasses import replace
 from functools import partial
 
 import fake_point_world
 import numpy as np
 import pytest
+from fake_point_world import Watched
 from fake_policy import FakePolicy
 
 from vlatune.eval.policy_server import PolicyServer
@@ -13,27 +13,6 @@ from vlatune.eval.rollout import roll_out
 from vlatune.eval.sweep_plan import Wanted, make_plan
 from vlatune.eval.temporal_ensemble import TemporalEnsemble
 from vlatune.eval.workers import WorkerPool
-
-
-class Watched(fake_point_world.FakeEnvironment):
-    """Notes the steps that were rendered; its state's third entry is the step, and so is every pixel of its pictures."""
-
-    def __init__(self):
-        super().__init__(fake_point_world.make().suites()["points"][0], None)
-        self.step_index, self.rendered = 0, []
-
-    def step(self, action_A, *, render):
-        self.step_index += 1
-        return super().step(action_A, render=render)
-
-    def _observation(self, render):
-        seen = super()._observation(render)
-        state_S = seen.state_S.copy()
-        state_S[2] = self.step_index
-        if render:
-            self.rendered.append(self.step_index)
-        images = {camera: np.full_like(image, self.step_index) for camera, image in seen.images.items()}
-        return replace(seen, images=images, state_S=state_S, success=False)
 
 
 def run(environment, decide, *, num_executed_steps=4, max_steps=12, **settings):

@@ -5,6 +5,7 @@ exit the first time only)."""
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,27 @@ class FakeEnvironment:
 
     def close(self):
         pass
+
+
+class Watched(FakeEnvironment):
+    """Notes the steps that were rendered, and never succeeds; its state's third entry is the step, and so is every pixel of its pictures."""
+
+    def __init__(self):
+        super().__init__(make().suites()["points"][0], None)
+        self.step_index, self.rendered = 0, []
+
+    def step(self, action_A, *, render):
+        self.step_index += 1
+        return super().step(action_A, render=render)
+
+    def _observation(self, render):
+        seen = super()._observation(render)
+        state_S = seen.state_S.copy()
+        state_S[2] = self.step_index
+        if render:
+            self.rendered.append(self.step_index)
+        images = {camera: np.full_like(image, self.step_index) for camera, image in seen.images.items()}
+        return replace(seen, images=images, state_S=state_S, success=False)
 
 
 def fingers_only():

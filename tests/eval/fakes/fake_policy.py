@@ -10,6 +10,7 @@ import numpy as np
 from fake_point_world import COLOURS, PX
 
 from vlatune.eval.run_folder import Checkpoint
+from vlatune.eval.sweep import SweepConfig
 
 
 class FakePolicy:
@@ -24,6 +25,7 @@ class FakePolicy:
         self.skill, self.weights_hash, self.delay_s = skill, weights_hash, delay_s
         self.num_sampling_steps = 4
         self.num_candidates = num_candidates
+        self.reads_previous = num_candidates > 1
         self.noise_shape = (10, 7) if num_candidates == 1 else (num_candidates, 10, 7)
         self.previous_seen: list[np.ndarray] = []
         self.batch_sizes: list[int] = []
@@ -41,7 +43,7 @@ class FakePolicy:
         other.skill = self.skill if num_sampling_steps > 1 else 2 * self.skill - 1
         return other
 
-    def act(self, observations, noise_BHA, *, previous=None, num_executed_steps=None):
+    def act(self, observations, noise_BHA, *, previous=None, num_executed_steps=None, inference_delay=0):
         """With several candidates: trembles as candidate 0 does at an episode's first decision, as candidate 1 at later ones."""
         self.batch_sizes.append(len(observations))
         if self.num_candidates > 1:
@@ -68,11 +70,11 @@ class FakePolicy:
         return np.stack(chunks)
 
 
-def load_policy(checkpoint: Checkpoint, device: str = "auto", num_candidates: int = 1) -> FakePolicy:
+def load_policy(checkpoint: Checkpoint, config: SweepConfig) -> FakePolicy:
     settings = json.loads((checkpoint.path / "fake.json").read_text())
     if checkpoint.averaged:
         settings |= json.loads((checkpoint.path / "ema.safetensors").read_text())
-    return FakePolicy(**settings, num_candidates=num_candidates)
+    return FakePolicy(**settings, num_candidates=config.num_candidates)
 
 
 def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path:
@@ -99,7 +101,7 @@ def main() -> None:
     import fake_point_world
 
     from vlatune.data.episodes import DataError
-    from vlatune.eval.sweep import SweepConfig, sweep
+    from vlatune.eval.sweep import sweep
 
     config = SweepConfig(
         runs=(Path(sys.argv[1]),),
