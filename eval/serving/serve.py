@@ -227,7 +227,8 @@ def _stop_at_signals(stop: "asyncio.Future[signal.Signals]") -> None:
     def stopped_by(caught: signal.Signals) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(each)
-        stop.set_result(caught)
+        if not stop.done():  # two can come at once
+            stop.set_result(caught)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(each, stopped_by, each)

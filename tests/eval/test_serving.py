@@ -1,6 +1,7 @@
 """The policy server: openpi's protocol, right answers for many at once, and a clear sentence for whatever is wrong."""
 
 import asyncio
+import signal
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vlatune.eval.serving.limits import Limits
 from vlatune.eval.serving.messages import pack
+from vlatune.eval.serving.serve import _stop_at_signals
 
 
 def expected(policy: SummingPolicy, message: dict) -> np.ndarray:
@@ -197,3 +199,19 @@ def test_a_port_that_is_taken(policy):
             ValueError, match=rf"cannot listen on 127.0.0.1:{server.port} \(.*\); give another --port or --host"
         ):
             asyncio.run(again())
+
+
+def test_two_signals_at_once_stop_it_once():
+    async def stopped():
+        loop, trouble = asyncio.get_running_loop(), []
+        loop.set_exception_handler(lambda loop, context: trouble.append(context))
+        stop = loop.create_future()
+        _stop_at_signals(stop)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(each)
+        caught = await stop
+        await asyncio.sleep(0.05)
+        return caught, trouble
+
+    caught, trouble = asyncio.run(stopped())
+    assert caught in (signal.SIGINT, signal.SIGTERM) and not trouble
