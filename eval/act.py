@@ -4,6 +4,7 @@ At every n-th frame the policy gets the recorded observation, as a robot would h
 that followed. With two checkpoints both see the same frames and the same noise. Small errors do not make a policy succeed (it never
 meets the states to which its own actions lead); large ones, or timid actions, tell early that something is wrong."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,8 @@ def act(config: ActConfig, source: EpisodeSource | None = None) -> Comparison:
             "weights_hash": policy.weights_hash,
             "objective": policy.policy.config.objective.type,
             "num_sampling_steps": policy.num_sampling_steps,
+            "sampling": json.dumps(dict(policy.sampling), sort_keys=True),
+            "num_candidates": config.num_candidates,
             "seed": config.seed,
         }
         for label, policy in policies.items()

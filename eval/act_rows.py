@@ -47,6 +47,10 @@ class ErrorRow:
     weights_hash: str
     objective: str
     num_sampling_steps: int
+    sampling: str
+    """The policy's sampling settings, as JSON with sorted keys, as in `episodes.csv`."""
+    num_candidates: int
+    """Chunks drawn at every frame."""
     seed: int
     dimension: str
     horizon_step: int

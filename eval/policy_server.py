@@ -74,7 +74,7 @@ class Question:
 
 def noise_for(key: EpisodeKey, decision: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32 of this shape: a function of the episode's key and the decision's index alone."""
-    seed = [*np.frombuffer(key.digest(), np.uint32).tolist(), decision]
+    seed = [*np.frombuffer(key.noise_root(), np.uint32).tolist(), decision]
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 

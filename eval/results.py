@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 FILE_NAME = "episodes.csv"
 OUTCOMES = ("success", "failure", "error")
+
+
+COMPUTED_BY = {"compiled", "precision"}
+"""Of `sampling`: how decisions are computed, not what they are."""
+OPTIONS = COMPUTED_BY | {
+    "num_candidates",
+    "temporal_ensemble",
+    "inference_delay",
+    "while_waiting",
+    "real_time_chunking",
+    "max_guidance",
+}
+"""What stands in `sampling` only where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +54,17 @@ class EpisodeKey:
     num_executed_steps: int
 
     def digest(self) -> bytes:
-        """32 bytes that stand for the key: the root of the episode's noise, and part of its video's name."""
+        """32 bytes that stand for the key; part of its video's name."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
+
+    def noise_root(self) -> bytes:
+        """32 bytes, what all of the episode's noise comes from: those of the key, however the same policy is computed. Compiled decisions and
+        those in bfloat16 then differ from the plain ones by their arithmetic alone."""
+        settings = json.loads(self.sampling) if self.sampling else {}
+        if not COMPUTED_BY & settings.keys():
+            return self.digest()
+        plain = {name: value for name, value in settings.items() if name not in COMPUTED_BY}
+        return replace(self, sampling=json.dumps(plain, sort_keys=True)).digest()
 
 
 @dataclass(frozen=True, kw_only=True)

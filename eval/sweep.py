@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ..policy.execution import Compile, Precision
+from ..policy.execution import Precision
 from .benchmarks import load_benchmark
 from .delay import InferenceDelay
 from .episode_log import EpisodeLog
@@ -96,9 +96,8 @@ class SweepConfig:
     """Observations per forward, always; 1 on a CPU and one per worker (at most 32) on an accelerator if not given."""
     device: str = "auto"
     """Where policies run: `auto`, `cpu`, `cuda`, `cuda:1`, …"""
-    compile: Compile = "off"
-    """Act through compiled programs: `on`, or `auto`, which does so on a GPU and says why where it cannot. Actions differ in their last
-    digits; stands in each row's `sampling`."""
+    compile: Literal["off", "on"] = "off"
+    """Act through compiled programs. Actions differ in their last digits, and from there episodes can; stands in each row's `sampling`."""
     precision: Precision = "float32"
     """Of backbone and expert. bfloat16 stands in each row's `sampling`."""
     timeout_s: float = 300.0

@@ -1,6 +1,7 @@
 """A trained policy as a robot, a sweep or a server sees it: raw observations in, raw action chunks out."""
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from .objectives.consistency import most_consistent
 from .objectives.real_time import RealTimeChunking
 from .policy import Policy
 from .preparation import Reading, prepared
+
+logger = logging.getLogger(__name__)
 
 
 class ActingPolicy:
@@ -47,7 +50,7 @@ class ActingPolicy:
         if num_candidates < 1:
             raise ValueError(f"num_candidates is {num_candidates}; it must be at least 1")
         if real_time_chunking is not None:
-            real_time_chunking.checked(policy.config.objective)
+            real_time_chunking.check_kind(policy.config.objective)  # steps are checked when they are known
             if num_candidates > 1:
                 raise ValueError(
                     f"num_candidates is {num_candidates}, and real-time chunking holds one chunk to the last; leave one of the two out"
@@ -62,8 +65,10 @@ class ActingPolicy:
         for part in (policy.backbone, policy.expert):  # statistics stay in float32
             part.to(getattr(torch, precision))
         self.precision = precision
-        self.sampler = sampler_for(policy, compile if real_time_chunking is None else "off")
-        self._begins_compiled = self.sampler.is_compiled
+        if compile == "auto" and real_time_chunking is not None:
+            logger.warning("acting without compiled programs: real-time chunking needs the expert's derivative")
+            compile = "off"
+        self.sampler = sampler_for(policy, compile)
         self.language = language
         self.weights_hash = weights_hash
         self.device = device
@@ -88,6 +93,8 @@ class ActingPolicy:
 
         Raises ValueError for a number that the objective does not know, and where it samples in one step by its nature."""
         if num_sampling_steps == self.num_sampling_steps:
+            if self.real_time_chunking is not None:
+                self.real_time_chunking.checked(self._objective)
             return self
         if not any(field.name == "num_sampling_steps" for field in fields(self._objective)):
             raise ValueError(
@@ -116,7 +123,7 @@ class ActingPolicy:
         if self.real_time_chunking is not None:
             settings["real_time_chunking"] = self.real_time_chunking.schedule
             settings["max_guidance"] = self.real_time_chunking.max_guidance
-        if self._begins_compiled:  # falling back later is logged; it changes no more than the last digits
+        if self.sampler.is_compiled:
             settings["compiled"] = True
         if self.precision != "float32":
             settings["precision"] = self.precision

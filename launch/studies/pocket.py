@@ -4,6 +4,7 @@ Runs are trained as `vlatune train` does and judged as `vlatune sweep` does, on 
 """
 
 import csv
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -202,14 +203,14 @@ def made_cache(folder: Path, *, demos: int, noise: float, suite: str = SUITE, to
 
 
 def judged_episodes(run: Path, suite: str, num_executed_steps: int) -> "pd.DataFrame":
-    """The run's episodes that count: on the suite's init states of the reporting half, with so many steps executed of the one chunk
-    that is drawn for a decision, which comes without a delay and is not held to the last."""
+    """The run's episodes that count: on the suite's init states of the reporting half, with so many steps executed of each chunk, and nothing
+    else asked of sampling (several candidates, a delay, another precision)."""
     episodes = results.read(run)
     return episodes[
         (episodes["split"] == "report")
         & (episodes["actor"] == "policy")
         & (episodes["suite"] == suite)
-        & ~episodes["sampling"].str.contains("num_candidates|inference_delay|real_time_chunking")
+        & episodes["sampling"].map(lambda settings: json.loads(settings).keys().isdisjoint(results.OPTIONS))
         & (episodes["num_executed_steps"] == num_executed_steps)
     ]
 

@@ -24,15 +24,16 @@ class CapturedSample:
         self.observation = mapped(observation, torch.clone)
         self.noise = noise.clone()
         with torch.cuda.device(noise.device):
+            # A stream of this device: torch's default for recording belongs to the device that recorded first.
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 for _ in range(NUM_WARM_UPS):
                     sample(self.observation, self.noise)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, pool=pool, stream=beside):
+                    self.chunks = sample(self.observation, self.noise)
             torch.cuda.current_stream().wait_stream(beside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.chunks = sample(self.observation, self.noise)
 
     def __call__(self, observation: Observation, noise: Tensor) -> Tensor:
         """A new tensor, which the next graph's play does not touch; the inputs must have the shapes that were recorded."""

@@ -99,8 +99,9 @@ class PaliGemma(nn.Module):
         present = present_cameras(observation, self.cameras)
         features_CBND = self.multi_modal_projector(encode_cameras(self.vision_tower, observation, present))
         if self.config.camera_embedding:
-            index = torch.tensor([self.cameras.index(camera) for camera in present], device=features_CBND.device)
-            features_CBND = features_CBND + self.camera_embedding(index)[:, None, None]
+            # Row by row: an index made here would be copied to the device, which a CUDA graph cannot hold.
+            rows_CD = torch.stack([self.camera_embedding.weight[self.cameras.index(camera)] for camera in present])
+            features_CBND = features_CBND + rows_CD[:, None, None]
         return camera_tokens(features_CBND, observation, present)
 
     def _language_tokens(self, observation: Observation) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ from .graph_inputs import named_inputs
 from .graphs import TracedGraph, trace_both
 from .onnx_policy import OnnxPolicy
 from .packages import needed
-from .sampling_loop import STEPS, levels_of
+from .sampling_loop import STEPS, levels_in_numbers
 from .weights_file import WeightsFile
 
 ANY_TEXT = "pick up the bowl"
@@ -153,7 +153,7 @@ def describe(
     policy: Policy, graphs: tuple[BucketGraphs, ...], *, checkpoint: Path, weights_hash: str, tolerance: float
 ) -> Description:
     config, embodiment = policy.config, policy.embodiment
-    noise_levels, second_levels = levels_of(config.objective, policy.noise_shape)
+    noise_levels, second_levels = levels_in_numbers(config.objective, policy.noise_shape)
     return Description(
         format_version=FORMAT_VERSION,
         checkpoint=str(checkpoint),

@@ -181,7 +181,10 @@ class OnnxPolicy:
 
 
 def filled_up(named: Mapping[str, np.ndarray], bucket: Bucket) -> dict[str, np.ndarray]:
-    """Rows repeated and prompts padded until they have the bucket's shapes."""
+    """Rows repeated and prompts padded until they have the bucket's shapes. Raises ValueError for prompts that are longer."""
+    num_tokens = named[inputs.PROMPT_IDS].shape[1]
+    if num_tokens > bucket.prompt_tokens:
+        raise ValueError(f"the prompts have {num_tokens} tokens, and this graph reads {bucket.prompt_tokens}")
     filled = {}
     for name, value in named.items():
         if name.startswith("prompt_"):

@@ -6,8 +6,8 @@ same is written into export.json in numbers and words."""
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from ..acceleration.levels import levels_of
 from ..objectives.objective import Objective
 
 STEPS = {
@@ -23,25 +23,10 @@ STEPS = {
 """Objective -> what its sampling does, x being noise at first and in the end the chunk."""
 
 
-class _Listener:
-    """A bound expert that answers 0 and remembers the levels it was asked at."""
-
-    def __init__(self) -> None:
-        self.levels: list[float] = []
-        self.second_levels: list[float] = []
-
-    def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
-        self.levels.append(float(noise_level_B[0]))
-        if second_level_B is not None:
-            self.second_levels.append(float(second_level_B[0]))
-        return torch.zeros_like(x_BHA)
-
-    def fan_out(self, num_candidates: int) -> "_Listener":
-        return self
-
-
-def levels_of(objective: Objective, noise_shape: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def levels_in_numbers(objective: Objective, noise_shape: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Noise levels and, where the objective has them, second levels of the calls that one sample takes, in order."""
-    listener = _Listener()
-    objective.sample(listener, torch.zeros(1, *noise_shape))
-    return tuple(listener.levels), tuple(listener.second_levels)
+    levels = levels_of(objective, tuple(noise_shape), torch.device("cpu"))
+    return (
+        tuple(float(level_B) for level_B, _ in levels),
+        tuple(float(second_B) for _, second_B in levels if second_B is not None),
+    )

@@ -41,14 +41,20 @@ class RealTimeChunking:
         if not 0 < self.max_guidance < math.inf:
             raise ValueError(f"max_guidance is {self.max_guidance:g}; it must be more than 0, the paper's is 5")
 
-    def checked(self, objective: ObjectiveConfig) -> Flow:
-        """The objective, if its sampling can be corrected; raises `ValueError` if not."""
+    @staticmethod
+    def check_kind(objective: ObjectiveConfig) -> Flow:
+        """The objective, if its sampling can be corrected in enough steps; raises `ValueError` if in none."""
         flow = objective if isinstance(objective, Flow) else None
         if flow is None:
             raise ValueError(
                 f"real-time chunking corrects the velocity that 'flow' integrates, and the objective {objective.type!r} samples otherwise; "
                 "leave it out, or train with flow"
             )
+        return flow
+
+    def checked(self, objective: ObjectiveConfig) -> Flow:
+        """The objective, if its sampling can be corrected; raises `ValueError` if not."""
+        flow = self.check_kind(objective)
         if self.max_guidance > flow.num_sampling_steps:
             raise ValueError(
                 f"max_guidance is {self.max_guidance:g} and num_sampling_steps {flow.num_sampling_steps}: a correction would go past the plan "

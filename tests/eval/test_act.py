@@ -31,7 +31,14 @@ from vlatune.policy.checkpoints.layout import COMPLETE
 from vlatune.train.validation import _action_sums
 
 NAMES = LIBERO_PANDA.action_names
-ABOUT = {"weights_hash": "", "objective": "flow", "num_sampling_steps": 2, "seed": 0}
+ABOUT = {
+    "weights_hash": "",
+    "objective": "flow",
+    "num_sampling_steps": 2,
+    "sampling": "{}",
+    "num_candidates": 1,
+    "seed": 0,
+}
 DEVIATION = np.linspace(0.5, 2.0, len(NAMES))
 
 

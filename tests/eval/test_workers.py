@@ -1,6 +1,7 @@
 """Simulator workers: an episode depends on its key alone, and no worker's end loses or doubles one."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -237,6 +238,16 @@ def test_noise_is_the_keys_and_the_decisions():
     assert not np.array_equal(noise_HA, noise_for(second, 0, (10, 7)))
     many = np.concatenate([noise_for(first, k, (50, 7)) for k in range(50)])
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
+
+
+def test_noise_is_the_same_however_the_policy_is_computed():
+    key = specs()[0].key
+    plain, steps = '{"num_sampling_steps": 10, "objective": "flow"}', '{"num_sampling_steps": 5, "objective": "flow"}'
+    narrow = '{"compiled": true, "num_sampling_steps": 10, "objective": "flow", "precision": "bfloat16"}'
+    keys = [replace(key, sampling=sampling) for sampling in (plain, narrow, steps)]
+    noises = [noise_for(one, 3, (4, 7)) for one in keys]
+    assert np.array_equal(noises[0], noises[1]) and not np.array_equal(noises[0], noises[2])
+    assert len({one.digest() for one in keys}) == 3 and keys[0].noise_root() == keys[0].digest()
 
 
 def test_a_row_does_not_depend_on_its_place_in_the_batch():

@@ -103,7 +103,7 @@ def test_install_is_lean_and_pinned(machine):
     assert any(call.endswith(" torch==2.13.0") for call in pip)
     assert any("--no-deps hf-libero==0.1.4 robosuite==1.4.0" in call for call in pip)
     assert any("--no-build-isolation deepspeed==0.19.8" in call for call in pip)
-    assert pip[-1].endswith("--editable .[sim,dev]")
+    assert pip[-1].endswith("--editable .[sim,dev,export]")
     assert "torchvision" not in " ".join(pip)
 
 

@@ -241,7 +241,9 @@ def test_other_episodes_of_a_run_do_not_count(fakes, small_cache, tmp_path):
     fake.tally(replace(fake.swept[0], suites=("another",)))
     fake.tally(replace(fake.swept[0], num_executed_steps=(3,)))
     with EpisodeLog(there / "evaluation") as log:
-        log.append(replace(next(iter(log.rows.values())), sampling='{"num_candidates": 3}'))
+        for asked in ('"num_candidates": 3', '"precision": "bfloat16"', '"temporal_ensemble": 0.01'):
+            settings = f'{{"num_sampling_steps": 10, "objective": "flow", {asked}}}'
+            log.append(replace(next(iter(log.rows.values())), sampling=settings))
     assert len(pocket.judged_episodes(there, "pocket", 8)) == 6
     assert config.settings.episodes == 15
 

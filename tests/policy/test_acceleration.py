@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import logging
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from vlatune.data.batch import Observation, mapped
 from vlatune.policy import parity
+from vlatune.policy.acceleration import sampler as sampler_module
 from vlatune.policy.acceleration.levels import AtKnownLevels, levels_of
 from vlatune.policy.acceleration.merged import merge_projections
 from vlatune.policy.acceleration.sampler import CompiledSampler
@@ -140,6 +144,58 @@ def test_what_cannot_be_compiled_is_said_and_acted_plainly(caplog):
     required = CompiledSampler(policy, is_required=True, backend=broken)
     with pytest.raises(ValueError, match="there is no compiler.*--compile off"):
         required.chunks(observation, noise, policy.config.objective)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_more_shapes_than_torch_allows_and_fewer_than_there_are(monkeypatch, caplog):
+    """torch stops at 8, and counts by thread; beyond our own limit a shape is acted on plainly, and the others go on."""
+    monkeypatch.setattr(sampler_module, "MAX_PROGRAMS", 9)
+    policy = make_policy("clip_flow").eval().requires_grad_(False)
+    objective = policy.config.objective
+    plain = copy.deepcopy(policy)
+    sampler = CompiledSampler(policy, is_required=True, backend="eager")
+
+    def act(num_candidates: int) -> None:
+        observation = make_batch(policy.config, 1).observation
+        noise = torch.randn(1, num_candidates, *policy.noise_shape)
+        chunks, wanted = (one.chunks(observation, noise, objective) for one in (sampler, plain))
+        torch.testing.assert_close(chunks, wanted, **TOLERANCE)
+
+    with ThreadPoolExecutor(max_workers=1) as thread, caplog.at_level(logging.WARNING):
+        for num_candidates in (*range(1, 12), 1):
+            thread.submit(act, num_candidates).result()
+    assert sampler.is_compiled and len(sampler._programs) == 9
+    assert sum("9 shapes of batch and prompt are compiled" in record.getMessage() for record in caplog.records) == 1
+
+
+@torch.inference_mode()
+def test_a_bad_observation_is_refused_as_plainly_and_spoils_nothing():
+    policy = make_policy("clip_flow").eval().requires_grad_(False)
+    sampler = CompiledSampler(policy, is_required=True, backend="eager")
+    observation, noise = make_batch(policy.config, 1).observation, torch.randn(1, 1, *policy.noise_shape)
+    prompts = observation.prompts
+    long = dataclasses.replace(prompts, ids_BL=prompts.ids_BL.repeat(1, 20), mask_BL=prompts.mask_BL.repeat(1, 20))
+    with pytest.raises(ValueError, match="the longest prompt is padded to 160 tokens"):
+        sampler.chunks(dataclasses.replace(observation, prompts=long), noise, policy.config.objective)
+    assert sampler.is_compiled
+    assert sampler.chunks(observation, noise, policy.config.objective).isfinite().all()
+
+
+def test_a_sampler_that_nobody_holds_frees_its_policy():
+    """Without waiting for the collector: a sweep loads the next checkpoint at once."""
+    policy = make_policy("clip_flow").eval().requires_grad_(False)
+    sampler = CompiledSampler(policy, is_required=True, backend="eager")
+    observation, noise = make_batch(policy.config, 1).observation, torch.randn(1, 1, *policy.noise_shape)
+    sampler.chunks(observation, noise, policy.config.objective)
+    gone = weakref.ref(policy), weakref.ref(sampler)
+    gc.collect()
+    gc.disable()
+    try:
+        del sampler, policy
+        assert gone[1]() is None and gone[0]() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from small_policies import CAMERAS, make_policy
 from vlatune.data.batch import RawObservation
 from vlatune.data.language import Language
 from vlatune.eval.latency import Clock, measure
+from vlatune.eval.results import OPTIONS
 from vlatune.policy import acting
 from vlatune.policy.acceleration.sampler import CompiledSampler
 from vlatune.policy.acting import ActingPolicy
@@ -86,8 +87,16 @@ def test_compiled_acting_is_acting(monkeypatch):
     assert latency.num_expert_calls == 2 and min(latency.parts_ms.values()) > 0
 
 
-def test_on_a_cpu_auto_is_eager_and_real_time_chunking_is_not_compiled():
+def test_what_is_asked_for_is_known_to_those_who_compare_rows():
+    guided = policy(real_time_chunking=RealTimeChunking(max_guidance=2), precision="bfloat16")
+    for asked in (guided.sampling, policy(num_candidates=2).sampling):
+        assert asked.keys() - {"objective", "num_sampling_steps"} <= OPTIONS
+
+
+def test_on_a_cpu_auto_is_eager_and_real_time_chunking_is_not_compiled(caplog):
     assert not policy(compile="auto").sampler.is_compiled
+    policy(compile="auto", real_time_chunking=RealTimeChunking(max_guidance=2))
+    assert "acting without compiled programs: real-time chunking" in caplog.text
     with pytest.raises(ValueError, match="real-time chunking needs the expert's derivative.*leave one of the two out"):
         policy(compile="on", real_time_chunking=RealTimeChunking(max_guidance=2))
 
@@ -95,7 +104,7 @@ def test_on_a_cpu_auto_is_eager_and_real_time_chunking_is_not_compiled():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_one_cuda_graph_acts_as_the_plain_path(precision):
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     plain, compiled = (policy("cuda", compile=how, precision=precision) for how in ("off", "on"))
     for rows in (3, 1, 3, 2):
         noise = noise_of(3, 4, 7)[:rows]

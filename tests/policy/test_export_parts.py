@@ -14,7 +14,7 @@ from vlatune.policy.export.buckets import Bucket, fitting, make_buckets
 from vlatune.policy.export.command import prompt_lengths
 from vlatune.policy.export.description import ActionReading, Scaling
 from vlatune.policy.export.onnx_policy import filled_up
-from vlatune.policy.export.sampling_loop import STEPS, levels_of
+from vlatune.policy.export.sampling_loop import STEPS, levels_in_numbers
 from vlatune.policy.objectives import ObjectiveConfig
 from vlatune.policy.objectives.flow import Flow
 from vlatune.policy.objectives.regression import Regression
@@ -121,7 +121,7 @@ def test_actions_are_read_in_raw_units():
 def test_the_loop_is_written_down_for_every_objective():
     kinds = get_args(get_args(ObjectiveConfig)[0])
     assert {kind().type if kind is not None else "" for kind in kinds} == STEPS.keys()
-    assert levels_of(Flow(num_sampling_steps=2), (3, 4)) == ((1.0, 0.5), ())
-    assert levels_of(Flow(solver="heun", num_sampling_steps=2), (3, 4)) == ((1.0, 0.5, 0.5), ())
-    assert levels_of(Shortcut(num_sampling_steps=2), (3, 4)) == ((1.0, 0.5), (0.5, 0.5))
-    assert levels_of(Regression(), (3, 4)) == ((0.0,), ())
+    assert levels_in_numbers(Flow(num_sampling_steps=2), (3, 4)) == ((1.0, 0.5), ())
+    assert levels_in_numbers(Flow(solver="heun", num_sampling_steps=2), (3, 4)) == ((1.0, 0.5, 0.5), ())
+    assert levels_in_numbers(Shortcut(num_sampling_steps=2), (3, 4)) == ((1.0, 0.5), (0.5, 0.5))
+    assert levels_in_numbers(Regression(), (3, 4)) == ((0.0,), ())

@@ -367,8 +367,11 @@ def test_a_checkpoint_is_loaded_with_it(tmp_path, monkeypatch):
     policy = make_policy()
     write_policy(tmp_path, policy, policy.state_dict(), Language.build([INSTRUCTION], encoder="none"), {})
     (tmp_path / COMPLETE).write_text("")
-    with pytest.raises(ValueError, match="max_guidance is 5 and num_sampling_steps 2"):
-        load_policy(tmp_path, device="cpu", real_time_chunking=RealTimeChunking())
+    strong = load_policy(tmp_path, device="cpu", real_time_chunking=RealTimeChunking())
+    assert strong.with_sampling_steps(5).num_sampling_steps == 5, "trained with 2, which are too few"
+    for refused in (lambda: strong.with_sampling_steps(2), lambda: strong.act(observations(), num_executed_steps=1)):
+        with pytest.raises(ValueError, match="max_guidance is 5 and num_sampling_steps 2"):
+            refused()
     loaded, noise = load_policy(tmp_path, device="cpu", real_time_chunking=GUIDED), noise_of(acting())
     settings = {"previous": np.ones((3, 4, 7), np.float32), "num_executed_steps": 1, "inference_delay": 1}
     assert np.array_equal(
