@@ -80,7 +80,7 @@ class CompiledSampler:
             if key not in self._programs:
                 # It says in a sentence what is wrong with an observation, before the compiler does it in a page.
                 chunks = self._sample(objective, _encoded, _evaluated)(observation, noise_BKHA)
-                if not self._can_compile(key, observation, noise_BKHA, objective):
+                if not self._compile(key, observation, noise_BKHA, objective):
                     return chunks[:num_rows]
             return self._programs[key](observation, noise_BKHA)[:num_rows]
 
@@ -88,10 +88,10 @@ class CompiledSampler:
         """The same programs, each call of them wrapped; on a GPU they are launched one by one. For shapes that have come before."""
         return CompiledInParts(self.policy, self._features, around_encode(self.encode), around_evaluate(self.evaluate))
 
-    def _can_compile(
+    def _compile(
         self, key: tuple[object, ...], observation: Observation, noise_BKHA: Tensor, objective: Objective
     ) -> bool:
-        """Whether there is a program for this shape now."""
+        """Makes a program for this shape; False where there can be none."""
         if self.why_eager is not None:
             return False
         if len(self._programs) == MAX_PROGRAMS:
