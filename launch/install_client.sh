@@ -13,15 +13,19 @@ client=${1:-$own/openpi-client}
 
 stamp_text="$repo $(cat launch/install_client.sh launch/constraints.txt | cksum)"
 if [ "$(cat "$client/vlatune.stamp" 2>/dev/null)" = "$stamp_text" ]; then exit 0; fi
-if [ -d "$client" ] && [ ! -f "$client/pyvenv.cfg" ] && [ -n "$(ls -A "$client")" ]; then
-  echo "vlatune: $client is not a virtual environment and not empty; name another folder." >&2
+marker=vlatune.client # made before all else, so that what was begun and broken off is known again as ours
+if [ -d "$client" ] && [ ! -f "$client/$marker" ] && [ -n "$(ls -A "$client")" ]; then
+  echo "vlatune: $client is not empty and was not made by launch/install_client.sh; name another folder, or remove it." >&2
   exit 2
 fi
 
 python=${VLATUNE_PYTHON:-$own/bin/python}
 if [ ! -x "$python" ]; then python=$(command -v "${VLATUNE_PYTHON:-python3}"); fi
 echo "installing openpi-client and the simulators into $client"
-"$python" -m venv --clear "$client"
+mkdir -p "$client"
+touch "$client/$marker"
+find "$client/" -mindepth 1 -maxdepth 1 ! -name "$marker" -exec rm -rf {} +
+"$python" -m venv "$client"
 
 # What openpi-client asks for instead of what vlatune runs with; OpenCV is the last that takes an older numpy.
 pins=$client/constraints.txt

@@ -20,7 +20,8 @@ class Limits:
     clients: int = 32
     """Connections at once; one more is closed with code 1013 (try again later)."""
     waiting: int = 64
-    """Requests that wait for the policy at once; one more is refused."""
+    """Requests that wait for the policy at once; one more is refused. Every client has one at a time: only where more clients than these are
+    let in does it come to that."""
     requests_per_s: float = 200.0
     """Of one connection, on average over a second; more are refused."""
     message_mb: float = 16.0

@@ -4,6 +4,7 @@ An array is a map `{b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"sha
 `{b"__npgeneric__": True, b"data": 1.5, b"dtype": "<f4"}` (openpi-client's `msgpack_numpy`). Only numbers and truth values have arrays:
 a dtype must be one of `DTYPES`, by its very text, so that none that holds objects, records or strings of any length can be asked for."""
 
+import itertools
 import math
 import reprlib
 from collections.abc import Mapping
@@ -26,8 +27,10 @@ DTYPES: Mapping[str, np.dtype] = {
 """As numpy writes them (`|u1`, `<f4`, …) -> the dtype."""
 
 MAX_DIMS = 8
-MAX_ENTRIES = 1024
+MAX_ENTRIES = 256
 """Of any one list or map: arrays have their bytes apart, and an observation has a few keys."""
+MAX_CONTAINERS = 1000
+"""Lists and maps of a frame, whatever their depth: an array is two of them. Unbounded, a frame of empty ones would grow to a gigabyte."""
 MAX_TEXT = 100_000
 """Bytes of any one text: how long an instruction may be is for the server to say, in a sentence."""
 
@@ -40,11 +43,22 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 def unpack(frame: bytes) -> Any:
     """What a frame holds; arrays are views of it, read-only. Raises `Refused`, for anything else than whole msgpack
-    of numbers, texts, lists, maps and arrays."""
+    of numbers, texts, lists, maps and arrays, and for too many of them."""
+    number = itertools.count(1)
+
+    def counted(container: Any) -> Any:
+        if next(number) > MAX_CONTAINERS:
+            raise Refused(
+                f"the frame of {len(frame)} bytes has more than {MAX_CONTAINERS} lists and maps; send pictures and numbers as arrays, as "
+                "openpi-client does"
+            )
+        return container
+
     try:
         return msgpack.unpackb(
             frame,
-            object_hook=_decoded,
+            object_hook=lambda value: _decoded(counted(value)),
+            list_hook=counted,
             max_str_len=MAX_TEXT,
             max_array_len=MAX_ENTRIES,
             max_map_len=MAX_ENTRIES,
@@ -98,7 +112,8 @@ def _scalar(value: Mapping[bytes, Any]) -> np.generic:
     if not isinstance(data, bool | int | float):
         raise Refused(f"a number of dtype {dtype.str} came as a {type(data).__name__}; send a number")
     try:
-        scalar: np.generic = dtype.type(data)
+        with np.errstate(over="ignore"):
+            scalar: np.generic = dtype.type(data)
     except (OverflowError, ValueError):
         raise Refused(f"{short(data)} does not fit into dtype {dtype.str}") from None
     return scalar

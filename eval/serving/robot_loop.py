@@ -90,23 +90,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in tasks:
         protocol = next(iter(benchmark.protocols(task.suite).values()))
         environment = benchmark.make_environment(task, protocol, robot_named(metadata["robot"]))
-        for init_state in range(config.first_init_state, config.first_init_state + config.episodes):
-            episode = run_episode(
-                client,
-                environment,
-                init_state=init_state,
-                seed=config.seed,
-                max_steps=config.max_steps or protocol.max_steps,
-                num_executed_steps=config.num_executed_steps,
-            )
-            episodes.append(episode)
-            print(
-                f"{task.suite} {task.task_id} {task.language!r}, init state {init_state}: {'success' if episode.success else 'failure'} after "
-                f"{episode.num_steps} steps, {len(episode.round_trip_ms)} decisions, median "
-                f"{statistics.median(episode.round_trip_ms):.1f} ms",
-                flush=True,
-            )
-        environment.close()
+        try:
+            for init_state in range(config.first_init_state, config.first_init_state + config.episodes):
+                episode = run_episode(
+                    client,
+                    environment,
+                    init_state=init_state,
+                    seed=config.seed,
+                    max_steps=config.max_steps or protocol.max_steps,
+                    num_executed_steps=config.num_executed_steps,
+                )
+                episodes.append(episode)
+                print(
+                    f"{task.suite} {task.task_id} {task.language!r}, init state {init_state}: {'success' if episode.success else 'failure'} after "
+                    f"{episode.num_steps} steps, {len(episode.round_trip_ms)} decisions, median "
+                    f"{statistics.median(episode.round_trip_ms):.1f} ms",
+                    flush=True,
+                )
+        finally:
+            environment.close()
     print(f"{sum(episode.success for episode in episodes)} of {len(episodes)} episodes succeeded")
 
 

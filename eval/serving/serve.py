@@ -5,9 +5,10 @@ client's to send along."""
 
 import asyncio
 import importlib.metadata
+import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,7 +72,8 @@ class ServeConfig:
     max_batch_size: int = 8
     """Requests that one forward answers at most."""
     warm_up: bool = True
-    """Let the policy answer made-up observations before anybody is let in: at one, two, four, … up to the largest batch size."""
+    """Let the policy answer made-up observations before anybody is let in: at one, two, four, … up to the largest batch size, with
+    one instruction: prompts of other lengths are not warm."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,8 @@ class ServeConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Ctrl-C ends as with every command, after what runs is done; SIGTERM as well, with exit code 0.
+    """The command line. Ctrl-C ends as with every command, after what runs is done; SIGTERM as well, with exit code 0; a
+    second of either ends it at once, with 130 or 143.
 
     Raises `DataError` where a checkpoint or key is not there, `ValueError` where a setting does not fit the policy, or nobody can listen
     there; all of it before the first client."""
@@ -94,36 +97,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = checkpoint_at(config.checkpoint, run, averaged=config.weights == "ema")
     policy = load(config, checkpoint.path)
     reader = reader_of(policy, config)
-    metadata = metadata_of(policy, reader, f"{run.name}/{checkpoint.name}")
-    if asyncio.run(serve(policy, reader, metadata, api_key, config)) == signal.SIGINT:
+    label = f"{run.name}/{checkpoint.name}"
+    if asyncio.run(serve(policy, reader, label, api_key, config)) == signal.SIGINT:
         raise KeyboardInterrupt
 
 
 async def serve(
     policy: "ActingPolicy",
     reader: ObservationReader,
-    metadata: Mapping[str, Any],
+    checkpoint: str,
     api_key: str | None,
     config: ServeConfig,
 ) -> signal.Signals:
-    """Serves until a signal comes, and gives it. Raises `ValueError` where it cannot listen."""
+    """Serves `checkpoint`, as clients are to call it, until a signal comes, and gives that. Raises `ValueError` where it cannot listen."""
     stop: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
     batcher = Batcher(policy, max_batch_size=config.max_batch_size, max_waiting=config.limits.waiting)
     with Status() as status:
-        service = PolicyService(batcher=batcher, reader=reader, metadata=metadata, api_key=api_key, status=status)
         try:
-            _stop_at_signals(stop)
+            _stop_at_signals(stop, status)
             if config.warm_up:
                 await warm_up(batcher, policy, config, status)
+            # Only now is it known whether the policy could be compiled.
+            metadata = metadata_of(policy, reader, checkpoint)
+            service = PolicyService(batcher=batcher, reader=reader, metadata=metadata, api_key=api_key, status=status)
             async with service.listening(config.host, config.port) as port:
-                status.say(f"{metadata['checkpoint']} of {policy.robot} listens on ws://{config.host}:{port}")
+                status.say(f"{checkpoint} of {policy.robot} listens on ws://{config.host}:{port}")
                 if api_key is None and config.host not in LOCAL:
                     status.say(
                         f"no API key: whoever reaches port {port} is answered; --api-key-file or {API_KEY_VARIABLE} sets one"
                     )
-                caught = await stop
-                status.say(f"{caught.name}: no new clients; answering what has come")
-            return caught
+                return await stop
         finally:
             await batcher.close()
 
@@ -196,7 +199,7 @@ def metadata_of(policy: "ActingPolicy", reader: ObservationReader, checkpoint: s
 
 
 async def warm_up(batcher: Batcher, policy: "ActingPolicy", config: ServeConfig, status: Status) -> None:
-    """In the thread that will serve: what is compiled, captured or allocated at first use is then there."""
+    """In the thread that will serve: what is compiled, captured or allocated at first use is then there, for one prompt's length."""
     for size in sorted({*(2**k for k in range(config.max_batch_size.bit_length())), config.max_batch_size}):
         requests = [made_up(policy, config)] * size
         for _ in range(2):  # the second time is what clients will see
@@ -220,18 +223,28 @@ def made_up(policy: "ActingPolicy", config: ServeConfig) -> Request:
     )
 
 
-def _stop_at_signals(stop: "asyncio.Future[signal.Signals]") -> None:
-    """The first one stops in order; a second Ctrl-C at once."""
+def _stop_at_signals(stop: "asyncio.Future[signal.Signals]", status: Status) -> None:
+    """The first one stops in order; a second one, SIGINT or SIGTERM, ends the process at once, in the middle of a forward, too."""
     loop = asyncio.get_running_loop()
 
     def stopped_by(caught: signal.Signals) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(each)
-        if not stop.done():  # two can come at once
-            stop.set_result(caught)
+        if stop.done():  # two can come at once
+            return
+        stop.set_result(caught)
+        status.say(
+            f"{caught.name}: no new clients; answering each client's request in progress; a second signal ends it at once"
+        )
+        loop.call_soon(hear, ended_by)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(each, stopped_by, each)
+    def ended_by(caught: signal.Signals) -> None:
+        status.say(f"{caught.name}: ended at once; requests in progress are not answered")
+        os._exit(128 + caught)  # an ordinary exit would wait for the policy's thread
+
+    def hear(handler: Callable[[signal.Signals], None]) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, handler, each)
+
+    hear(stopped_by)
 
 
 if __name__ == "__main__":

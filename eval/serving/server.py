@@ -50,8 +50,8 @@ class PolicyService:
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[int]:
-        """Serves until the block ends; gives the port, which the system chooses for 0. At the end requests that have come are still
-        answered, and connections closed with code 1001 (going away). Raises `ValueError` where it cannot listen there."""
+        """Serves until the block ends; gives the port, which the system chooses for 0. At the end each client's request
+        in progress is still answered (not what it has sent behind that), and connections closed with code 1001 (going away). Raises `ValueError` where it cannot listen there."""
         try:
             server = await serve(
                 self._serve_client,
@@ -86,7 +86,8 @@ class PolicyService:
     def _before_upgrade(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
-        if not shows_key(request.headers.get("Authorization"), self.api_key):
+        shown = request.headers.get_all("Authorization")
+        if not shows_key(shown[0] if len(shown) == 1 else None, self.api_key):
             return connection.respond(
                 http.HTTPStatus.UNAUTHORIZED, "this server wants its API key: Authorization: Api-Key KEY\n"
             )
@@ -99,10 +100,11 @@ class PolicyService:
                 CloseCode.TRY_AGAIN_LATER, f"{limits.clients} clients are connected, which is all it takes"
             )
             return
-        self.num_clients += 1
         host, port = connection.remote_address[:2]
-        client, why = self.status.connected(f"{host}:{port}"), ""
+        client, why = Client(address=f"{host}:{port}"), ""
+        self.num_clients += 1
         try:
+            self.status.connected(client)
             await connection.send(pack(self.metadata))
             await self._answer_frames(connection, client)
         except ConnectionClosedOK:

@@ -1,14 +1,19 @@
 """What a server says while it runs: a line for each client that comes or goes, and how fast it answers."""
 
+import contextlib
+import logging
 import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 RECENT = 200
 """Answers whose median is shown."""
@@ -29,6 +34,7 @@ class Status:
     def __init__(self) -> None:
         self.num_clients = self.num_answered = 0
         self._recent_ms: deque[float] = deque(maxlen=RECENT)
+        self._is_read = True
         self._bar = tqdm(
             desc="serve",
             unit="request",
@@ -44,17 +50,18 @@ class Status:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        with self._unless_unread():
+            self._bar.close()
 
     def say(self, line: str) -> None:
         """Above the line that changes."""
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stdout)
-        sys.stdout.flush()
+        with self._unless_unread():
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stdout)
+            sys.stdout.flush()
 
-    def connected(self, address: str) -> Client:
+    def connected(self, client: Client) -> None:
         self.num_clients += 1
-        self.say(f"{address} connected; {self._clients()}")
-        return Client(address=address)
+        self.say(f"{client.address} connected; {self._clients()}")
 
     def left(self, client: Client, why: str) -> None:
         """`why`: empty where it said good-bye."""
@@ -68,11 +75,22 @@ class Status:
         client.num_answered += 1
         self.num_answered += 1
         self._recent_ms.append(total_ms)
-        if self._bar.update() and not self._bar.disable:
-            self._bar.set_postfix_str(f"{self._clients()}, median {self._median()}")
+        with self._unless_unread():
+            if self._bar.update() and not self._bar.disable:
+                self._bar.set_postfix_str(f"{self._clients()}, median {self._median()}")
 
     def refused(self, client: Client) -> None:
         client.num_refused += 1
+
+    @contextlib.contextmanager
+    def _unless_unread(self) -> Iterator[None]:
+        """Whoever reads the lines may go, as with `| head`; the clients are served all the same. Said once, on stderr."""
+        try:
+            yield
+        except OSError as error:
+            if self._is_read:
+                log.warning("nobody reads the server's lines any more (%s); it goes on without them", error)
+            self._is_read = False
 
     def _clients(self) -> str:
         return f"{self.num_clients} client" + ("" if self.num_clients == 1 else "s")

@@ -1,18 +1,27 @@
 """The policy server: openpi's protocol, right answers for many at once, and a clear sentence for whatever is wrong."""
 
 import asyncio
+import contextlib
+import io
+import re
 import signal
+import subprocess
+import sys
+import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from running_server import CAMERAS, A, H, Running, SummingPolicy, observation, reader, running_server, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from vlatune.eval.serving.limits import Limits
 from vlatune.eval.serving.messages import pack
 from vlatune.eval.serving.serve import _stop_at_signals
+from vlatune.eval.serving.status import Status
 
 
 def expected(policy: SummingPolicy, message: dict) -> np.ndarray:
@@ -123,20 +132,43 @@ def test_nothing_is_computed_for_a_client_that_has_gone(policy):
     assert sum(policy.batch_sizes) == 2
 
 
-def test_stopping_answers_what_has_come(policy):
+def test_stopping_answers_each_clients_request_in_progress(policy):
+    """And not the one that it has sent behind it."""
     with running_server(policy) as server, server.client() as client, server.client() as idle:
         policy.gate.clear()
         client.connection.send(pack(observation(1)))
         assert policy.in_forward.wait(60)
+        client.connection.send(pack(observation(2)))
         server.stop.set()
         with pytest.raises(OSError):
             while True:
                 urllib.request.urlopen(f"http://127.0.0.1:{server.port}/healthz").read()
         policy.gate.set()
-        np.testing.assert_array_equal(client.reply()["actions"], expected(policy, observation(1)))
+        np.testing.assert_array_equal(client.reply()["actions"], expected(SummingPolicy(), observation(1)))
         for each in (client, idle):
             with pytest.raises(ConnectionClosed, match="1001"):
                 each.connection.recv(timeout=60)
+    assert policy.batch_sizes == [1]
+
+
+class Unread(io.StringIO):
+    """A pipe whose reader has gone, as with `| head`."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_lines_that_nobody_reads_cost_no_place(policy, monkeypatch, caplog):
+    with running_server(policy, reader(limits=Limits(clients=1))) as server:
+        monkeypatch.setattr(sys, "stdout", Unread())
+        for _ in range(3):
+            with server.client() as client:
+                assert client.ask(observation())["actions"].shape == (H, A)
+            until(lambda: not server.service.num_clients)
+        monkeypatch.undo()
+    assert [record.getMessage() for record in caplog.records] == [
+        "nobody reads the server's lines any more ([Errno 32] Broken pipe); it goes on without them"
+    ]
 
 
 def test_health_and_the_api_key(policy):
@@ -146,6 +178,8 @@ def test_health_and_the_api_key(policy):
         for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Authorization": "s3cret"}):
             with pytest.raises(InvalidStatus, match="401"):
                 server.connect(additional_headers=headers)
+        with pytest.raises(InvalidStatus, match="401"):
+            server.connect(additional_headers=[("Authorization", "Api-Key s3cret")] * 2)
         with server.client(additional_headers={"Authorization": "Api-Key s3cret"}) as client:
             assert client.ask(observation())["actions"].shape == (H, A)
         with pytest.raises(InvalidStatus, match="403"):
@@ -206,7 +240,7 @@ def test_two_signals_at_once_stop_it_once():
         loop, trouble = asyncio.get_running_loop(), []
         loop.set_exception_handler(lambda loop, context: trouble.append(context))
         stop = loop.create_future()
-        _stop_at_signals(stop)
+        _stop_at_signals(stop, Status())
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(each)
         caught = await stop
@@ -215,3 +249,58 @@ def test_two_signals_at_once_stop_it_once():
 
     caught, trouble = asyncio.run(stopped())
     assert caught in (signal.SIGINT, signal.SIGTERM) and not trouble
+
+
+ENDLESS = """
+import asyncio, sys, threading
+from types import SimpleNamespace
+from pathlib import Path
+from running_server import observation, reader
+from vlatune.eval.serving import serve as command
+
+def act(*_, **__):
+    print("a forward has begun", flush=True)
+    threading.Event().wait()
+
+command.made_up = lambda *_: reader().read(observation())
+policy = SimpleNamespace(horizon=1, action_dim=1, robot="arm", act=act)
+config = command.ServeConfig(checkpoint=Path("none"), port=0, warm_up=sys.argv[1] == "warm up")
+command.metadata_of = lambda policy, reader, checkpoint: {"checkpoint": checkpoint}
+asyncio.run(command.serve(policy, reader(), "none", None, config))
+"""
+
+
+@pytest.mark.parametrize(
+    ("second", "code", "moment"), [(signal.SIGINT, 130, "warm up"), (signal.SIGTERM, 143, "serving a client")]
+)
+def test_a_second_signal_ends_it_in_the_middle_of_a_forward(second, code, moment):
+    support = Path(__file__).parents[1] / "support"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(support)!r})\n{ENDLESS}", moment]
+    with (
+        contextlib.ExitStack() as stack,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        late = threading.Timer(100, process.kill)
+        late.start()
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if moment == "serving a client":
+                found = re.search(r"ws://\S+", line)
+                assert found
+                connection = stack.enter_context(connect(found[0], compression=None))
+                connection.recv()
+                connection.send(pack(observation()))
+                assert " connected; 1 client" in process.stdout.readline()
+                line = process.stdout.readline()
+            assert line == "a forward has begun\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline().endswith(
+                "SIGINT: no new clients; answering each client's request in progress; a second signal ends it at once\n"
+            )
+            process.send_signal(second)
+            assert process.wait(60) == code
+            assert f"{second.name}: ended at once; requests in progress are not answered" in process.stdout.read()
+        finally:
+            late.cancel()
+            process.kill()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vlatune.data.episodes import DataError
 from vlatune.data.language import Language
 from vlatune.data.raw_observation import RawObservation
 from vlatune.eval.benchmarks import load_benchmark
+from vlatune.eval.serving import robot_loop
 from vlatune.eval.serving.limits import API_KEY_VARIABLE, Limits
 from vlatune.eval.serving.robot_loop import RobotLoopConfig, tasks_of
 from vlatune.eval.serving.serve import ServeConfig, load, main, metadata_of, reader_of
@@ -109,7 +111,7 @@ def test_the_command_answers_as_the_policy_does(serving, checkpoint):
     ]
     code, errors = serving.end(signal.SIGINT)
     assert (code, errors) == (130, "\nvlatune serve: stopped\n")
-    assert "SIGINT: no new clients; answering what has come" in serving.said[-1]
+    assert "SIGINT: no new clients; answering each client's request in progress" in serving.said[-1]
 
 
 def test_what_metadata_says(checkpoint):
@@ -310,3 +312,32 @@ def test_suites_and_tasks_of_the_robot_loop():
         tasks_of(suites, RobotLoopConfig(suite="pockt"))
     with pytest.raises(ValueError, match="suite pocket has no task 9; it has 0 to 3"):
         tasks_of(suites, RobotLoopConfig(tasks=(9,)))
+
+
+def test_a_server_that_goes_leaves_no_simulator_open(monkeypatch):
+    class GoneServer:
+        def __init__(self, *_, **__) -> None: ...
+
+        def get_server_metadata(self) -> dict:
+            return {"checkpoint": "demo", "robot": "libero_panda", "action_horizon": 10, "observation_offsets": [0]}
+
+        def infer(self, obs: dict) -> dict:
+            raise AssertionError("not reached")
+
+    def gone(*_):
+        raise ConnectionError("the server has gone")
+
+    closed = []
+    environment = SimpleNamespace(
+        robot=SimpleNamespace(action_limit=1.0), reset=gone, close=lambda: closed.append(True)
+    )
+    pocket = load_benchmark("pocket")
+    benchmark = SimpleNamespace(
+        suites=pocket.suites, protocols=pocket.protocols, make_environment=lambda *_: environment
+    )
+    monkeypatch.setattr(robot_loop, "load_benchmark", lambda _: benchmark)
+    client = SimpleNamespace(WebsocketClientPolicy=GoneServer)
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
+    with pytest.raises(ConnectionError, match="the server has gone"):
+        robot_loop.main([])
+    assert closed == [True]

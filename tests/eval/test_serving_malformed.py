@@ -2,7 +2,9 @@
 
 import gc
 import threading
+import time
 import tracemalloc
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +16,7 @@ from running_server import H, SummingPolicy, observation, reader, running_server
 from websockets.exceptions import ConnectionClosed
 
 from vlatune.eval.serving.limits import Limits
-from vlatune.eval.serving.messages import DTYPES, Refused, pack, unpack
+from vlatune.eval.serving.messages import DTYPES, MAX_ENTRIES, Refused, pack, unpack
 
 NUM_MESSAGES = 1000
 
@@ -208,6 +210,46 @@ def test_each_is_refused_in_a_sentence(frame):
         reader().read(unpack(frame))
 
 
+def full(kind: bytes, entry: bytes) -> bytes:
+    """A list or map of as many entries as one may have."""
+    return kind + MAX_ENTRIES.to_bytes(2, "big") + entry * MAX_ENTRIES
+
+
+KEYED = b"".join(b"\xa4%04d\xcb" % key + b"\x3f" * 8 for key in range(MAX_ENTRIES - 1))
+WIDE_AND_DEEP = (b"\xde" + MAX_ENTRIES.to_bytes(2, "big") + KEYED + b"\xa4last") * 1000
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        full(b"\xdc", full(b"\xdc", full(b"\xdc", b"\x80")))[: 2**24],
+        full(b"\xdc", full(b"\xdc", full(b"\xdc", b"\x90")))[: 2**24],
+        full(b"\xdc", full(b"\xdc", full(b"\xdc", b"\xc0")))[: 2**24],
+        WIDE_AND_DEEP + b"\xc0",
+        WIDE_AND_DEEP + full(b"\xdc", full(b"\xdc", b"\x80")),
+    ],
+    ids=["maps", "lists", "nothings", "as many as may be", "too many in those"],
+)
+def test_a_frame_that_would_grow_is_refused_early(frame):
+    tracemalloc.start()
+    begun_s = time.process_time()
+    try:
+        with pytest.raises(Refused, match="has more than 1000 lists and maps|has an unknown key"):
+            reader().read(unpack(frame))
+        held_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    print(f"{len(frame)} bytes: {time.process_time() - begun_s:.3f} s, {held_bytes} bytes")
+    assert held_bytes < 100e6
+
+
+def test_as_many_lists_and_maps_as_a_frame_may_have():
+    message: list = [[{}] * 110] * 9  # 1 + 9 + 990
+    assert unpack(msgpack.packb(message)) == message
+    with pytest.raises(Refused, match="has more than 1000 lists and maps; send pictures and numbers as arrays"):
+        unpack(msgpack.packb([*message, []]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arrays_and_numbers_come_back_as_they_were(dtype):
     sent = np.arange(6).astype(dtype).reshape(2, 3)
@@ -216,6 +258,12 @@ def test_arrays_and_numbers_come_back_as_they_were(dtype):
         assert there[name].dtype == value.dtype
         np.testing.assert_array_equal(there[name], value)
     assert there["number"] == sent[1, 2]
+
+
+def test_a_number_too_large_for_its_dtype_is_infinite_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert unpack(msgpack.packb(number(2**63, "<f2"))) == np.inf
 
 
 @pytest.mark.parametrize("value", [np.array([object()]), np.array(["text"]), np.zeros(2, complex), object()])

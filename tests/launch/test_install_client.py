@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
@@ -15,14 +17,32 @@ def start(folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]
     )
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").touch()
+@pytest.mark.parametrize("name", ["thesis.tex", "pyvenv.cfg", "vlatune.stamp"])
+def test_a_folder_that_is_not_its_own_is_left_alone(name, tmp_path):
+    """Another's environment, too: vlatune's own has the last two."""
+    (tmp_path / name).touch()
     finished = start(tmp_path)
     assert finished.returncode == 2
     assert finished.stderr == (
-        f"vlatune: {tmp_path} is not a virtual environment and not empty; name another folder.\n"
+        f"vlatune: {tmp_path} is not empty and was not made by launch/install_client.sh; name another folder, or remove it.\n"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_one_that_was_broken_off_is_begun_anew(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\n[ "$1 $2" != "-m venv" ] || { mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"; exit; }\n'
+        f"[ -e {tmp_path}/online ]\n"
+    )
+    python.chmod(0o755)
+    folder = tmp_path / "client"
+    assert start(folder, VLATUNE_PYTHON=str(python)).returncode == 1
+    (folder / "half").mkdir()
+    (tmp_path / "online").touch()
+    finished = start(folder, VLATUNE_PYTHON=str(python))
+    assert finished.returncode == 0, finished.stderr
+    assert (folder / "vlatune.stamp").exists() and not (folder / "half").exists()
 
 
 def test_what_it_installs_is_pinned(tmp_path):
