@@ -18,32 +18,28 @@ def merge_projections(policy: Policy) -> None:
     """In place; the policy can act afterwards, and neither be trained, saved nor adapted. A layer's weights exist twice while it is
     merged, no other's."""
     unread = {id(parameter) for parameter in policy.backbone.unread_parameters()}
-    towers = [module for module in (getattr(policy.backbone, "vision_tower", None),) if module is not None]
-    for root in (policy.backbone, policy.expert):
-        for block in [module for module in root.modules() if isinstance(module, DecoderBlock)]:
-            # A prefix's last layer gives keys and values alone, and a reader's own come from other tokens than its queries.
-            if isinstance(block, PrefixReader) or id(block.self_attn.q_proj.weight) not in unread:
-                if not isinstance(block, PrefixReader):
-                    block.self_attn = MergedAttention(block.self_attn)
-                block.mlp = MergedGatedMLP(block.mlp)
-    for tower in towers:
-        for layer in [module for module in tower.modules() if hasattr(module, "self_attn")]:
-            if isinstance(layer.self_attn, SiglipAttention | CLIPAttention):
-                layer.self_attn = MergedVisionAttention(layer.self_attn)
+    for block in [module for module in policy.modules() if isinstance(module, DecoderBlock)]:
+        if id(block.self_attn.q_proj.weight) in unread:
+            continue  # a prefix's last layer, which gives keys and values alone
+        if not isinstance(block, PrefixReader):  # whose keys and values come from other tokens than its queries
+            block.self_attn = MergedAttention(block.self_attn)
+        block.mlp = MergedGatedMLP(block.mlp)
+    tower = getattr(policy.backbone, "vision_tower", None)
+    for layer in [] if tower is None else list(tower.modules()):
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(attention, SiglipAttention | CLIPAttention):
+            layer.self_attn = MergedVisionAttention(attention)
 
 
 def merged(*layers: nn.Linear) -> nn.Linear:
-    """One layer whose output is theirs, one after the other. Raises ValueError where only some have a bias."""
-    biases = [layer.bias for layer in layers]
-    has_bias = biases[0] is not None
-    if any((bias is not None) != has_bias for bias in biases):
-        raise ValueError("layers with and without a bias cannot be merged")
+    """One layer whose output is theirs, one after the other; all of them have a bias, or none."""
     weight = torch.cat([layer.weight for layer in layers])
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     with torch.device("meta"):
-        whole = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
+        whole = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases))
     whole.weight = nn.Parameter(weight, requires_grad=False)
-    if has_bias:
-        whole.bias = nn.Parameter(torch.cat([bias for bias in biases if bias is not None]), requires_grad=False)
+    if biases:
+        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return whole
 
 
