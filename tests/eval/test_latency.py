@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_policies import CAMERAS, make_policy
+from small_policies import make_policy, raw_observations
 
 from vlatune.data.batch import Movable, RawObservation
 from vlatune.data.language import Language
@@ -47,15 +47,7 @@ def acting(device: str = "cpu", num_candidates: int = 1) -> ActingPolicy:
 
 
 def observations(number: int) -> list[RawObservation]:
-    random = np.random.default_rng(0)
-    return [
-        RawObservation(
-            images={camera: random.integers(0, 256, (1, 24, 24, 3), dtype=np.uint8) for camera in CAMERAS},
-            state_TS=random.normal(size=(1, 8)).astype(np.float32),
-            instruction=INSTRUCTION,
-        )
-        for _ in range(number)
-    ]
+    return raw_observations(*[INSTRUCTION] * number)
 
 
 @pytest.fixture

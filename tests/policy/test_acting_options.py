@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_policies import CAMERAS, make_policy
+from small_policies import make_policy, raw_observations
 
 from vlatune.data.batch import RawObservation
 from vlatune.data.language import Language
@@ -23,15 +23,7 @@ def policy(device: str = "cpu", **options) -> ActingPolicy:
 
 
 def observations() -> list[RawObservation]:
-    random = np.random.default_rng(0)
-    return [
-        RawObservation(
-            images={camera: random.integers(0, 256, (1, 24, 24, 3), dtype=np.uint8) for camera in CAMERAS},
-            state_TS=random.normal(size=(1, 8)).astype(np.float32),
-            instruction=instruction,
-        )
-        for instruction in INSTRUCTIONS
-    ]
+    return raw_observations(*INSTRUCTIONS)
 
 
 def noise_of(*shape: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import preset_policies
 import pytest
 import torch
-from small_policies import CAMERAS, make_policy
+from small_policies import make_policy, raw_observations
 from toy_problems import ClosedFormExpert, Gaussian, LearningExpert, seeded_normal
 
 from vlatune.data.batch import RawObservation
@@ -279,15 +279,7 @@ def acting(real_time_chunking: RealTimeChunking | None = None) -> ActingPolicy:
 
 
 def observations(number: int = 3) -> list[RawObservation]:
-    random = np.random.default_rng(0)
-    return [
-        RawObservation(
-            images={camera: random.integers(0, 256, (1, 24, 24, 3), dtype=np.uint8) for camera in CAMERAS},
-            state_TS=random.normal(size=(1, 8)).astype(np.float32),
-            instruction=INSTRUCTION,
-        )
-        for _ in range(number)
-    ]
+    return raw_observations(*[INSTRUCTION] * number)
 
 
 def noise_of(policy: ActingPolicy, number: int = 3) -> np.ndarray:

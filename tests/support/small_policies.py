@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vlatune.data.batch import Batch, Observation, Prompts
+from vlatune.data.batch import Batch, Observation, Prompts, RawObservation
 from vlatune.data.images import ImageRule
 from vlatune.data.normalise import FieldStatistics, Statistics
 from vlatune.policy.config import Embodiment
@@ -24,6 +24,19 @@ def field_statistics(size: int, low: float = -2.0, high: float = 3.0) -> FieldSt
         q99=(high,) * size,
         count=100,
     )
+
+
+def raw_observations(*instructions: str) -> list[RawObservation]:
+    """One for each, as a robot sees it; every call gives the same."""
+    random = np.random.default_rng(0)
+    return [
+        RawObservation(
+            images={camera: random.integers(0, 256, (1, 24, 24, 3), dtype=np.uint8) for camera in CAMERAS},
+            state_TS=random.normal(size=(1, 8)).astype(np.float32),
+            instruction=instruction,
+        )
+        for instruction in instructions
+    ]
 
 
 def make_policy(seed: int = 0) -> Policy:
