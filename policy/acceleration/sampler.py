@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PROGRAMS = 64
 """Shapes that a sampler compiles: as many batches and prompts as a server meets in earnest, and no end of memory."""
-SHAPES_OF_A_PROCESS = 4096
+SHAPES_OF_A_PROCESS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
+"""torch's limits while we compile; ours binds long before."""
 MAX_REASON = 300
 """Characters of torch's message that are shown: its first sentences say what failed, the rest how to report it."""
 Encode = Callable[[Policy, Observation, int], SplitExpert]
@@ -73,8 +74,9 @@ class CompiledSampler:
 
     def chunks(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Tensor:
         num_rows = noise_BKHA.shape[0]
-        # What is compiled and captured in inference mode must be called in it.
-        with torch.inference_mode():
+        # What is compiled and captured in inference mode must be called in it. torch's own limit, 8 shapes for all policies of a process,
+        # holds in each thread by itself; a program may also have to be compiled again, as when the number of threads has changed.
+        with torch.inference_mode(), torch._dynamo.config.patch(SHAPES_OF_A_PROCESS):
             observation, noise_BKHA = padded(observation, noise_BKHA)
             key = (objective, *shape_of(observation, noise_BKHA))
             if key not in self._programs:
@@ -110,11 +112,7 @@ class CompiledSampler:
     def _program(self, observation: Observation, noise_BKHA: Tensor, objective: Objective) -> Sample:
         """Compiled, and called once."""
         sample = self._sample(objective, self.encode, self.evaluate)
-        # torch's own limit, 8 shapes for all policies of a process, is meant for programs that forgot to stop.
-        with torch._dynamo.config.patch(
-            recompile_limit=SHAPES_OF_A_PROCESS, accumulated_recompile_limit=SHAPES_OF_A_PROCESS
-        ):
-            sample(observation, noise_BKHA)
+        sample(observation, noise_BKHA)
         if not noise_BKHA.is_cuda:
             return sample
         self._pool = self._pool or torch.cuda.graph_pool_handle()

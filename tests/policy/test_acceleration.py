@@ -165,6 +165,10 @@ def test_more_shapes_than_torch_allows_and_fewer_than_there_are(monkeypatch, cap
     with ThreadPoolExecutor(max_workers=1) as thread, caplog.at_level(logging.WARNING):
         for num_candidates in (*range(1, 12), 1):
             thread.submit(act, num_candidates).result()
+        again = torch.get_num_threads() + 1
+        thread.submit(torch.set_num_threads, again).result()  # for which torch compiles once more
+        thread.submit(act, 1).result()
+        thread.submit(torch.set_num_threads, again - 1).result()
     assert sampler.is_compiled and len(sampler._programs) == 9
     assert sum("9 shapes of batch and prompt are compiled" in record.getMessage() for record in caplog.records) == 1
 
