@@ -249,15 +249,12 @@ def load_for_sweep(checkpoint: Checkpoint, config: SweepConfig) -> PolicyUnderTe
     from ..policy.acting import load_policy
     from ..policy.objectives.real_time import RealTimeChunking
 
-    chunking = None
-    if config.real_time_chunking != "off":
-        chunking = RealTimeChunking(schedule=config.real_time_chunking, max_guidance=config.max_guidance)
     policy: PolicyUnderTest = load_policy(
         checkpoint.path,
         device=config.device,
         num_candidates=config.num_candidates,
         averaged=checkpoint.averaged,
-        real_time_chunking=chunking,
+        real_time_chunking=RealTimeChunking.asked_for(config.real_time_chunking, config.max_guidance),
         compile=config.compile,
         precision=config.precision,
     )

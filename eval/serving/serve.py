@@ -136,15 +136,12 @@ def load(config: ServeConfig, folder: Path) -> "ActingPolicy":
     from ...policy.acting import load_policy
     from ...policy.objectives.real_time import RealTimeChunking
 
-    chunking = None
-    if config.real_time_chunking != "off":
-        chunking = RealTimeChunking(schedule=config.real_time_chunking, max_guidance=config.max_guidance)
     policy = load_policy(
         folder,
         device=config.device,
         averaged=config.weights == "ema",
         num_candidates=config.num_candidates,
-        real_time_chunking=chunking,
+        real_time_chunking=RealTimeChunking.asked_for(config.real_time_chunking, config.max_guidance),
         compile=config.compile,
         precision=config.precision,
     )

@@ -3,7 +3,7 @@
 An objective asks for the same levels at every decision, whatever it is shown. Everything an expert computes from a level alone (its
 embedding, the modulations of all adaptive norms: for π0.5 a quarter of the weights that a step reads) is therefore a constant."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,13 +56,13 @@ class _Listener:
 class AtKnownLevels:
     """A bound expert whose every call takes the next of the `features`; see `BoundExpert`. Good for one sampling."""
 
-    def __init__(self, bound: SplitExpert, features: Sequence[LevelFeatures], evaluate: Evaluate) -> None:
+    def __init__(self, bound: SplitExpert, features: Iterable[LevelFeatures], evaluate: Evaluate) -> None:
         self.bound = bound
         self.evaluate = evaluate
         self.remaining: Iterator[LevelFeatures] = iter(features)
 
     def fan_out(self, num_candidates: int) -> "AtKnownLevels":
-        raise NotImplementedError("the expert is fanned out before its levels are known")
+        return AtKnownLevels(self.bound.fan_out(num_candidates), self.remaining, self.evaluate)
 
     def __call__(self, x_BHA: Tensor, noise_level_B: Tensor, second_level_B: Tensor | None = None) -> Tensor:
         return self.evaluate(self.bound, x_BHA, next(self.remaining))

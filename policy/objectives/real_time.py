@@ -41,6 +41,11 @@ class RealTimeChunking:
         if not 0 < self.max_guidance < math.inf:
             raise ValueError(f"max_guidance is {self.max_guidance:g}; it must be more than 0, the paper's is 5")
 
+    @classmethod
+    def asked_for(cls, schedule: "Schedule | Literal['off']", max_guidance: float) -> "RealTimeChunking | None":
+        """As commands ask for it."""
+        return None if schedule == "off" else cls(schedule=schedule, max_guidance=max_guidance)
+
     @staticmethod
     def check_kind(objective: ObjectiveConfig) -> Flow:
         """The objective, if its sampling can be corrected in enough steps; raises `ValueError` if in none."""
