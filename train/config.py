@@ -10,7 +10,7 @@ from ..data.condition_dropout import ConditionsConfig
 from ..data.windows import STATELESS_STYLES
 from ..policy.config import PolicyConfig
 from ..policy.lora import LoraConfig
-from ..policy.objectives import ObjectiveConfig
+from ..policy.objectives import AnyObjective
 from .blocks import Part
 from .ema import EmaConfig
 from .hub import HubConfig
@@ -52,7 +52,7 @@ class Stage:
     """Where adapters are trained: on which projections, and how."""
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     """Its own schedule; Adam's running means start afresh."""
-    objective: ObjectiveConfig | None = None
+    objective: AnyObjective | None = None
     """None: the one of the stage before."""
 
     def __post_init__(self) -> None:

@@ -11,5 +11,7 @@ from .regression import Regression
 from .rs_imle import RSIMLE
 from .shortcut import Shortcut
 
-ObjectiveConfig = Annotated[Flow | OneStep | Shortcut | Regression | Diffusion | RSIMLE, Field(discriminator="type")]
-"""The union of all objectives: each is its own config. A stored one is told by its `type`."""
+AnyObjective = Flow | OneStep | Shortcut | Regression | Diffusion | RSIMLE
+"""Each is its own config."""
+ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="type")]
+"""A stored one is told by its `type`."""
