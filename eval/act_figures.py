@@ -1,20 +1,18 @@
 """`vlatune act`'s pictures: predicted chunks over the demonstration, and errors by dimension and step. Equal numbers give equal bytes."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..data.plotting import AMBER, BLUE, INK, png
 from .act_rows import ErrorRow
-from .report.figures import AMBER, BLUE, HEAT, INK, STYLE, shortened, whole_steps
+from .report.figures import HEAT, shortened, whole_steps
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DPI = 130
 NUM_COLUMNS = 2
 MOST_NUMBERED_STEPS = 12
 """Cells of longer chunks are too narrow for their numbers."""
@@ -55,7 +53,7 @@ def actions_figure(
         figure.suptitle(shortened(title, 110), x=0.01, ha="left", fontsize=11)
         figure.legend(*axes_P[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
 
-    return _png(draw, (11, 1.3 + 1.6 * num_rows))
+    return png(draw, (11, 1.3 + 1.6 * num_rows))
 
 
 def errors_figure(rows: Sequence[ErrorRow], names: Sequence[str], policies: Sequence[str]) -> bytes:
@@ -82,7 +80,7 @@ def errors_figure(rows: Sequence[ErrorRow], names: Sequence[str], policies: Sequ
             axes.grid(visible=False)
         figure.colorbar(image, ax=axes_P, label="mean absolute error, deviations", pad=0.01)
 
-    return _png(draw, (2 + 4.6 * len(policies), 1.3 + 0.36 * len(names)))
+    return png(draw, (2 + 4.6 * len(policies), 1.3 + 0.36 * len(names)))
 
 
 def _segments(rows: "pd.DataFrame", column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -93,12 +91,3 @@ def _segments(rows: "pd.DataFrame", column: str) -> tuple[np.ndarray, np.ndarray
         frames += [*(chunk["frame"] + chunk["horizon_step"]), np.nan]
         values += [*chunk[column], np.nan]
     return np.array(frames), np.array(values)
-
-
-def _png(draw: Callable[[Figure], None], size_in: tuple[float, float]) -> bytes:
-    with rc_context(STYLE):
-        figure = Figure(figsize=size_in, layout="constrained")
-        draw(figure)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-    return image.getvalue()

@@ -1,16 +1,14 @@
 """`profile.png`: where a decision's time goes, and an episode's. Equal numbers give equal bytes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..data.plotting import AMBER, BLUE, GREY, png
 from .latency import Latency
-from .report.figures import AMBER, BLUE, GREY, STYLE
 
 COLOURS = {
     "prepare": "#7b5ea7",
@@ -23,7 +21,6 @@ COLOURS = {
     "reset": "#d9dde3",
 }
 SMALL: dict[str, Any] = {"frameon": False, "handlelength": 1, "handletextpad": 0.5}
-DPI = 130
 
 
 def figure_of(
@@ -33,8 +30,8 @@ def figure_of(
     there are any."""
     by_batch = [list(group) for _, group in groupby(latencies, key=lambda latency: latency.batch_size)]
     heights = [len(group) for group in by_batch] + ([len(episodes)] if episodes else [])
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 0.9 + sum(0.85 + 0.34 * height for height in heights)), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes_P = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[2 + height for height in heights])[:, 0]
         for axes, group in zip(axes_P, by_batch, strict=False):
             _decisions(axes, group)
@@ -48,9 +45,8 @@ def figure_of(
         }
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=8, columnspacing=1.1, **SMALL)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-    return image.getvalue()
+
+    return png(draw, (7.6, 0.9 + sum(0.85 + 0.34 * height for height in heights)))
 
 
 def _decisions(axes: Axes, latencies: Sequence[Latency]) -> None:

@@ -1,35 +1,17 @@
 """The inspection's figures, each as the bytes of a PNG; equal numbers give equal bytes."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..plotting import AMBER, BLUE, GREY, INK, RED, png
 from .dimensions import NUM_BINS, Dimension
 from .survey import PROFILE_POINTS, Survey
 
-BLUE, GREY, RED, AMBER, INK = "#2b6cb0", "#a3acb9", "#c8483f", "#d69e2e", "#2d3440"
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.edgecolor": "#c5ccd6",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e8ecf1",
-    "axes.axisbelow": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-}
-DPI = 110
+LOOK: dict[str, Any] = {"dpi": 110, "font_size": 9}
 ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "handlelength": 1.5, "borderaxespad": 0.2}
 """Where a legend hides no line."""
 COLUMNS = 4
@@ -48,7 +30,7 @@ def histograms(dimensions: Sequence[Dimension]) -> bytes:
         for axes in list(axes_RC.flat)[len(dimensions) :]:
             axes.set_axis_off()
 
-    return _png(draw, (11.2, 0.2 + 2.05 * rows))
+    return png(draw, (11.2, 0.2 + 2.05 * rows), **LOOK)
 
 
 def over_time(survey: Survey, control_hz: float) -> bytes:
@@ -80,7 +62,7 @@ def over_time(survey: Survey, control_hz: float) -> bytes:
         right.hist(length_E, bins=min(40, max(5, length_E.nunique())), color=BLUE, alpha=0.75)
         right.set(xlabel=f"frames of an episode ({control_hz:g} a second)", ylabel="episodes")
 
-    return _png(draw, (11.2, 3.3))
+    return png(draw, (11.2, 3.3), **LOOK)
 
 
 def _histogram(axes: Axes, dimension: Dimension) -> None:
@@ -103,12 +85,3 @@ def _histogram(axes: Axes, dimension: Dimension) -> None:
     )
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
-
-
-def _png(draw: Callable[[Figure], None], size_in: tuple[float, float]) -> bytes:
-    with rc_context(STYLE):
-        figure = Figure(figsize=size_in, layout="constrained")
-        draw(figure)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=DPI, metadata={"Software": None})
-    return image.getvalue()

@@ -15,31 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from ...data.plotting import AMBER, BLUE, GREEN, GREY, INK, RED, STYLE
 from .candidates import averages
 
-BLUE, GREY, GREEN, RED, AMBER, INK = "#2b6cb0", "#a3acb9", "#2f9e63", "#c8483f", "#d69e2e", "#2d3440"
 LINES = (BLUE, AMBER, GREEN, RED, "#7b5ea7", "#2a9d9d", "#c2609a", "#8c6d46")
 """Of several runs, in their order."""
 HEAT = LinearSegmentedColormap.from_list("success", ["#f3f6fa", "#d3e3f5", "#7fb0e2", "#1c4676"])
 MOST_LINES_OVER_THE_PLOT = 5
 PARTS = {"policy": BLUE, "waiting for it": "#9cc0e7", "physics": "#6b8f71", "rendering": AMBER, "other": GREY}
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": "#c5ccd6",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e8ecf1",
-    "axes.axisbelow": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-    "svg.hashsalt": "vlatune",  # equal numbers give equal bytes
-}
 
 
 def success_curve(checkpoints: pd.DataFrame, chosen_step: int | None, judged: pd.DataFrame) -> str:

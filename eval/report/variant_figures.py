@@ -6,10 +6,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...data.plotting import AMBER, BLUE, GREY, INK, RED
 from .candidates import averages
-from .figures import GREY, INK, LINES, PARTS, legend, legend_height_in, line_looks, shortened, svg, whole_steps
+from .figures import LINES, PARTS, legend, legend_height_in, line_looks, shortened, svg, whole_steps
 
-MODES = ("#c8483f", "#d69e2e", "#7b5ea7", "#2b6cb0", "#8c6d46", GREY)
+MODES = (RED, AMBER, "#7b5ea7", BLUE, "#8c6d46", GREY)
 """Of failure modes, the most frequent first."""
 
 

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
 from ...data.files import write_whole
-from .figures import INK, INVALID, MUTED, SHADE, VALID, save_figure
+from ...data.plotting import INK
+from .figures import INVALID, MUTED, SHADE, VALID, save_figure
 from .intervals import Interval, mean_over_seeds, rate_over_seeds
 from .methods import METHODS
 from .prose import listed, percent, rates

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ...data.files import write_whole
+from ...data.plotting import INK
 from ...eval.statistics import holm, mcnemar_exact, wilson
-from .figures import INK, save_figure
+from .figures import save_figure
 from .intervals import Interval, mean_over_seeds, rate_over_seeds
 from .prose import percent, rates
 from .tables import write_csv
