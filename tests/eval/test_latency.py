@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from pretended_gpu import needs_pretended_gpu, pretended_gpu
 from small_policies import make_policy, raw_observations
 
 from vlatune.data.batch import Movable, RawObservation
 from vlatune.data.language import Language
-from vlatune.eval.latency import PARTS, Clock, Decision, Latency, Watch, clock_of, measure, watched
+from vlatune.eval.latency import PARTS, Clock, CudaClock, Decision, Latency, Watch, clock_of, measure, watched
 from vlatune.policy.acting import ActingPolicy
+from vlatune.policy.execution import Compile
 
 INSTRUCTION = "pick up the red cube"
 MS = 1e-3
@@ -36,13 +38,14 @@ class ToldClock(Clock):
         return work
 
 
-def acting(device: str = "cpu", num_candidates: int = 1) -> ActingPolicy:
+def acting(device: str = "cpu", num_candidates: int = 1, compile: Compile = "off") -> ActingPolicy:
     return ActingPolicy(
         make_policy(),
         Language.build([INSTRUCTION], encoder="none"),
         weights_hash="",
         device=torch.device(device),
         num_candidates=num_candidates,
+        compile=compile,
     )
 
 
@@ -136,6 +139,17 @@ def test_a_device_that_nothing_here_can_time_is_refused():
         ValueError, match="--device mps: decisions are timed on a CPU or a CUDA device; give cpu or cud"
     ):
         clock_of(torch.device("mps"))
+
+
+@needs_pretended_gpu
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_parts_are_timed_by_the_devices_clock(compile, monkeypatch):
+    with pretended_gpu(monkeypatch) as gpu:
+        policy = acting("cuda", compile=compile)
+        clock = clock_of(policy.device)
+        latency = measure(policy, observations(2), clock=clock, repeats=3, warm_up=1)
+    assert isinstance(clock, CudaClock) and len(gpu.graphs) == (compile == "on")
+    assert min(latency.parts_ms.values()) > 0 and latency.num_expert_calls == 2
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ from typing import get_args
 import pytest
 import torch
 from preset_policies import ACTION_DIM, make_batch, make_policy, with_masked_content
+from pretended_gpu import needs_pretended_gpu, pretended_gpu
 
+from vlatune.data.batch import mapped
 from vlatune.policy.objectives import AnyObjective
 from vlatune.policy.objectives.diffusion import Diffusion
 from vlatune.policy.objectives.draws import DrawKeys
@@ -65,6 +67,19 @@ def test_trains_and_samples(preset, name):
         first, second = policy.sample(batch.observation, noise), policy.sample(batch.observation, noise)
     assert first.shape == (3, *policy.action_shape)
     assert torch.equal(first, second)
+
+
+@needs_pretended_gpu
+@pytest.mark.parametrize(("preset", "name"), PAIRS)
+def test_on_a_gpu_the_loss_is_the_same_and_no_devices_are_mixed(preset, name, monkeypatch):
+    policy = make_policy(replace(PRESETS[preset](tiny=True), objective=OBJECTIVES[name])).eval()
+    batch = make_batch(policy.config)
+    with torch.no_grad():
+        expected = float(mean(policy(batch, keys_of(batch))))
+        with pretended_gpu(monkeypatch):
+            there = replace(mapped(batch, lambda tensor: tensor.to("cuda")), sample_index_B=batch.sample_index_B)
+            found = float(mean(policy.to("cuda")(there, keys_of(there))))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
