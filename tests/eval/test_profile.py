@@ -180,7 +180,8 @@ def test_pocket_costs_physics_and_pictures(run):
     )
     cost = around.simulator
     assert cost is not None and cost.num_steps == 6
-    assert 0.5 < cost.physics_ms < 1_000 and 0.5 < cost.render_ms < 1_000 and 0.01 < cost.reset_s < 60
+    # Of any machine's order, so that milliseconds are told from seconds.
+    assert 0.05 < cost.physics_ms < 1_000 and 0.05 < cost.render_ms < 1_000 and 0.005 < cost.reset_s < 60
     assert len(around.observations) == 1 + 3, "the first, and every second step"
     pictures = [raw.images["agentview"] for raw in around.observations]
     assert all(picture.shape == (1, 128, 128, 3) and picture.std() > 10 for picture in pictures)

@@ -109,9 +109,13 @@ def test_eight_clients_at_once_get_right_answers(policy):
             with server.client() as client:
                 return [client.ask(observation(100 * k + i)) for i in range(25)]
 
+        policy.gate.clear()
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(ask, range(8)))
-    assert 1 < max(policy.batch_sizes) <= 4
+            asked = [pool.submit(ask, k) for k in range(8)]
+            until(lambda: sum(policy.batch_sizes) + server.batcher.num_waiting == 8)
+            policy.gate.set()
+            answers = [each.result() for each in asked]
+    assert max(policy.batch_sizes) == 4
     for k, of_client in enumerate(answers):
         for i, answer in enumerate(of_client):
             np.testing.assert_array_equal(answer["actions"], expected(policy, observation(100 * k + i)))
@@ -280,7 +284,7 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_forward(second, code, moment
         contextlib.ExitStack() as stack,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
     ):
-        late = threading.Timer(100, process.kill)
+        late = threading.Timer(500, process.kill)
         late.start()
         try:
             assert process.stdout is not None

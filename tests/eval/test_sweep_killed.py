@@ -1,5 +1,6 @@
 """A sweep killed twenty times, its workers killed beside it, and a disk that fills: no row is lost, doubled or half-written."""
 
+import math
 import os
 import random
 import resource
@@ -26,8 +27,8 @@ def run_of(folder: Path) -> Path:
     return fake_policy.write_run(folder / "demo", SKILLS, delay_s=0.02)
 
 
-def command(run: Path, trouble: Path) -> list[str]:
-    return [sys.executable, fake_policy.__file__, str(run), str(trouble), str(EPISODES)]
+def command(run: Path, trouble: Path, *last_row: int) -> list[str]:
+    return [sys.executable, fake_policy.__file__, str(run), str(trouble), str(EPISODES), *map(str, last_row)]
 
 
 def lasting(run: Path) -> pd.DataFrame:
@@ -39,7 +40,7 @@ def lasting(run: Path) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> pd.DataFrame:
     folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command(run_of(folder), folder), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(command(run_of(folder), folder), check=True, stdout=subprocess.DEVNULL)
     rows = lasting(folder / "demo")
     assert len(rows) == NUM_ROWS and set(rows["outcome"]) == {"success", "failure"}
     return rows
@@ -61,22 +62,21 @@ def kill_a_worker(parent: psutil.Process, rng: random.Random) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # two minutes on two quiet cores
+@pytest.mark.timeout(3600)  # two minutes on two quiet cores
 def test_twenty_kills_and_as_many_of_workers_change_nothing(tmp_path, undisturbed):
     """SIGKILL at random moments: while importing, while workers start, between and within episodes."""
     run, rng = run_of(tmp_path), random.Random(5)
-    # Every third dies early, by the clock or with its first row; the others after a few rows. Few, because on a fast
-    # machine a sweep that writes many rows between two looks would be over before its twentieth death.
+    # Every third dies early, by the clock or with its first row; the others after a few rows. Soon after those they wait for
+    # their death: or on a fast machine the sweep would be over before the twentieth.
     worker_kills = 0
     for number in range(20):
         early, num_rows = number % 3 == 0, rng.randint(2, 5)
-        process = subprocess.Popen(command(run, tmp_path), stdout=subprocess.DEVNULL)
         goal = num_lines(run) + (1 if early else num_rows)
-        deadline = time.monotonic() + (rng.uniform(0.05, 2.5) if early else 120)
+        process = subprocess.Popen(command(run, tmp_path, goal + 1), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + (rng.uniform(0.05, 2.5) if early else math.inf)
         while time.monotonic() < deadline and process.poll() is None and num_lines(run) < goal:
             time.sleep(rng.uniform(0.0, 0.02))
         assert process.poll() is None, "it ended before it could be killed"
-        assert early or num_lines(run) >= goal, "nothing for two minutes"
         if number % 2:
             worker_kills += kill_a_worker(psutil.Process(process.pid), rng)
             time.sleep(rng.uniform(0.0, 0.3))
@@ -84,12 +84,12 @@ def test_twenty_kills_and_as_many_of_workers_change_nothing(tmp_path, undisturbe
         process.wait()
     assert worker_kills >= 5, "of seven that were asked for beside rows just written"
     for _ in range(2):  # the second start runs again what two kills of its worker made an error, if any
-        subprocess.run(command(run, tmp_path), check=True, stdout=subprocess.DEVNULL, timeout=300)
+        subprocess.run(command(run, tmp_path), check=True, stdout=subprocess.DEVNULL)
     pd.testing.assert_frame_equal(lasting(run), undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_workers_killed_at_random_lose_and_double_nothing(tmp_path, undisturbed):
     run, rng = run_of(tmp_path), random.Random(7)
     process = subprocess.Popen(command(run, tmp_path), stdout=subprocess.DEVNULL)
@@ -100,7 +100,7 @@ def test_workers_killed_at_random_lose_and_double_nothing(tmp_path, undisturbed)
             killed += 1
             goal = num_lines(run) + rng.randint(5, 20)
     assert process.returncode == 0 and killed >= 3
-    subprocess.run(command(run, tmp_path), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(command(run, tmp_path), check=True, stdout=subprocess.DEVNULL)
     pd.testing.assert_frame_equal(lasting(run), undisturbed)
 
 
@@ -113,7 +113,6 @@ def test_a_full_disk_stops_the_sweep_with_the_rows_that_were_there(tmp_path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert ended.returncode == 1
@@ -123,5 +122,5 @@ def test_a_full_disk_stops_the_sweep_with_the_rows_that_were_there(tmp_path):
     assert f"could not write to {path}: " in said and f"its {len(read(run))} rows are kept" in said
     assert text.endswith("\n") and limit - 1000 < len(text) <= limit
     assert not list(run.glob("evaluation/*.tmp*"))
-    subprocess.run([*command(run, tmp_path)[:-1], "4"], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run([*command(run, tmp_path)[:-1], "4"], check=True, stdout=subprocess.DEVNULL)
     assert path.read_text().startswith(text) and len(read(run)) == 4 * 3 * 4 + 4 * 3 * 5

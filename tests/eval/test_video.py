@@ -70,7 +70,7 @@ def test_the_file_says_how_it_ended(tmp_path, success, colour):
 def test_an_unfinished_video_is_removed(tmp_path):
     recorder = VideoRecorder(tmp_path / "a", instruction="do it", fps=20)
     recorder.on_step(0, observation(), np.zeros(3), np.zeros(7))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".partial-*-a.mp4")):
         assert time.monotonic() < deadline, "the encoder, a process of its own, opens the file"
         time.sleep(0.01)

@@ -317,7 +317,7 @@ def test_policies_that_no_run_can_begin_with(fakes, small_cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.sim
-@pytest.mark.timeout(1800)  # three minutes on two quiet cores
+@pytest.mark.timeout(3600)  # three minutes on two quiet cores
 def test_freeze_and_align_for_real(tmp_path):
     """Demonstrations of both suites, caches, pretraining, two ranks, simulator."""
     few = ["--num-steps", "2", "--episodes", "1", "--seeds", "0"]

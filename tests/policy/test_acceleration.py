@@ -68,7 +68,7 @@ def test_pi05_acts_as_it_does_plainly():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_policy_acts_as_it_does_plainly(name):
     found = differences(name, "aot_eager")
@@ -220,7 +220,7 @@ def recorded(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["pi0", "pi05", "smolvla"])
 @torch.inference_mode()
 def test_compiled_policies_agree_with_the_references(name):
@@ -235,7 +235,7 @@ def test_compiled_policies_agree_with_the_references(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @torch.inference_mode()
 def test_compiled_rdt_and_unet_agree_with_the_references():
     """Of these the expert alone is recorded."""

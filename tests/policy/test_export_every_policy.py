@@ -21,7 +21,7 @@ from vlatune.policy.export.onnx_policy import OnnxPolicy
 from vlatune.policy.objectives.shortcut import Shortcut
 from vlatune.policy.presets import PRESETS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-4

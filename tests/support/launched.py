@@ -16,10 +16,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
 
 
+def free_port() -> str:
+    """For a launcher's ranks to meet. Not one that the system gives, which it may give to another before they do: below those, and test
+    processes side by side have different ones."""
+    return str(20_000 + os.getpid() % 12_000)
+
+
 def command(module: str, *arguments: str, num_ranks: int) -> list[str]:
     """The launcher's command line."""
-    port = 20_000 + os.getpid() % 20_000  # test processes side by side must not meet
-    ranks = ["--num_accelerators", str(num_ranks), "--master_port", str(port)]
+    ranks = ["--num_accelerators", str(num_ranks), "--master_port", free_port()]
     return [str(LAUNCHER), *ranks, "--module", module, *arguments]
 
 
@@ -30,7 +35,6 @@ def run(module: str, *arguments: str, num_ranks: int = 2) -> str:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     output = finished.stdout + finished.stderr

@@ -78,6 +78,7 @@ def test_a_run_computes_the_same_under_zero2(small_cache, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a minute on two quiet cores
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_a_compiled_and_checkpointed_run_stays_near_the_plain_one(small_cache, tmp_path, engine):
     parts = ("--activation-checkpointing.parts", "language_model", "expert")

@@ -288,6 +288,7 @@ def test_the_last_error_is_found_among_progress_and_launchers_chatter():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_launchers_ranks_save_when_the_grid_is_stopped(small_cache, tmp_path):
     """Two ranks under the deepspeed launcher, which itself would end at once and leave them behind. More steps than any machine takes
     until the signal comes."""

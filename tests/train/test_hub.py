@@ -28,6 +28,7 @@ class FolderHub:
         self.created: list[tuple[str, bool]] = []
         self.log: list[str] = []
         self.num_failures = 0
+        self.has_begun = threading.Event()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
 
@@ -43,9 +44,10 @@ class FolderHub:
         self, *, repo_id, folder_path, commit_message, allow_patterns=None, ignore_patterns=None, delete_patterns=None
     ):
         self.log.append(commit_message)
+        self.has_begun.set()
         files = sorted(str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
         files = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        assert self.may_go_on.wait(60)  # between listing the files and reading them
+        assert self.may_go_on.wait(500)  # between listing the files and reading them
         for number, name in enumerate(files):
             if self.num_failures and number == len(files) // 2:
                 self.num_failures -= 1
@@ -110,6 +112,7 @@ def test_training_does_not_wait_and_pruning_breaks_no_upload(tiny, hub, capsys):
     end_training = training.Tracker.close
 
     def go_on_at_the_end(tracker):
+        assert hub.has_begun.wait(60)
         assert steps_with_state(tiny.out) == [6] and hub.log == ["step 0"]
         end_training(tracker)
         hub.may_go_on.set()

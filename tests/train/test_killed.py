@@ -73,7 +73,7 @@ class Life:
         while not is_so():
             assert self.process.poll() is None, f"ended before {what}: {self.log.read_text()}"
             assert time.monotonic() < deadline, f"no {what} after {PATIENCE_S} s: {self.log.read_text()}"
-            time.sleep(0.005)
+            time.sleep(0.002)
         return (time.time_ns() - self.started_ns) / 1e9
 
     def kill(self) -> None:

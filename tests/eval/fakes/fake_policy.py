@@ -3,7 +3,9 @@
 import copy
 import json
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,20 @@ def load_policy(checkpoint: Checkpoint, config: SweepConfig) -> FakePolicy:
     return FakePolicy(**settings, num_candidates=config.num_candidates)
 
 
+def load_mortal_policy(checkpoint: Checkpoint, config: SweepConfig, *, last_row: int) -> FakePolicy:
+    """One that decides nothing more once so many episodes are written: its sweep waits for its death, and never ends before it."""
+    policy = load_policy(checkpoint, config)
+    act, log = policy.act, config.runs[0] / "evaluation" / "episodes.csv"
+
+    def act_or_wait(*arguments, **settings):
+        if log.read_text().count("\n") > last_row:
+            threading.Event().wait()
+        return act(*arguments, **settings)
+
+    policy.act = act_or_wait
+    return policy
+
+
 def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path:
     """A run folder with a checkpoint of each skill, and a loss curve."""
     run.mkdir(parents=True)
@@ -95,9 +111,8 @@ def write_run(run: Path, skills: dict[int, float], delay_s: float = 0.0) -> Path
 
 
 def main() -> None:
-    """A sweep of fakes as a process of its own, to be killed: fake_policy.py RUN TROUBLE [episodes of the selection half]."""
-    from functools import partial
-
+    """A sweep of fakes as a process of its own, to be killed: fake_policy.py RUN TROUBLE [episodes of the selection half [the row after
+    which it waits for that]]."""
     import fake_point_world
 
     from vlatune.data.episodes import DataError
@@ -112,8 +127,9 @@ def main() -> None:
         num_workers=2,
         batch_size=2,
     )
+    load = partial(load_mortal_policy, last_row=int(sys.argv[4])) if len(sys.argv) > 4 else load_policy
     try:
-        sweep(config, make_benchmark=partial(fake_point_world.make, Path(sys.argv[2])), load_policy=load_policy)
+        sweep(config, make_benchmark=partial(fake_point_world.make, Path(sys.argv[2])), load_policy=load)
     except DataError as problem:
         sys.exit(f"fake sweep: {problem}")
 
