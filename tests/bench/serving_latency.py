@@ -15,10 +15,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -35,6 +36,11 @@ from vlatune.data.raw_observation import RawObservation
 from vlatune.policy.acting import load_policy
 from vlatune.policy.checkpoints.folder import write_policy
 from vlatune.policy.checkpoints.layout import COMPLETE
+
+T = TypeVar("T")
+
+PAUSE_S = 0.01
+"""Before every decision: OpenMP's threads spin for some milliseconds after their work, on the core that the other process would need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +83,13 @@ def latency(checkpoint: Path, server: psutil.Process, port: int, options: Option
             )
             if k == 20:
                 server_cpu_s -= cpu_s(server)
-            begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
-            policy.act([raw])
-            between_s, between_cpu_s = time.perf_counter(), time.process_time()
-            reply = client.ask(message)
-            ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
+            _, act_ms, act_cpu_s = timed(lambda raw=raw: policy.act([raw]))
+            reply, ask_ms, ask_cpu_s = timed(lambda message=message: client.ask(message))
             if k >= 20:
-                own_cpu_s += between_cpu_s - begun_cpu_s
-                asking_cpu_s += ended_cpu_s - between_cpu_s
-                own_ms.append(1000 * (between_s - begun_s))
-                served_ms.append(1000 * (ended_s - between_s))
+                own_cpu_s += act_cpu_s
+                asking_cpu_s += ask_cpu_s
+                own_ms.append(act_ms)
+                served_ms.append(ask_ms)
                 model_ms.append(reply["server_timing"]["infer_ms"])
         server_cpu_s += cpu_s(server)
     print(f"batch 1, {options.image_px} px, {options.num_decisions} decisions each way, ms:")
@@ -102,6 +105,14 @@ def latency(checkpoint: Path, server: psutil.Process, port: int, options: Option
     print(
         f"  CPU time of a decision: act {own:.2f}; client {asking_:.2f} and server {serving_:.2f}: {asking_ + serving_ - own:+.2f}"
     )
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float, float]:
+    """What it gives, milliseconds, and this process's CPU seconds."""
+    time.sleep(PAUSE_S)
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    found = call()
+    return found, 1000 * (time.perf_counter() - begun_s), time.process_time() - begun_cpu_s
 
 
 def cpu_s(process: psutil.Process) -> float:
