@@ -10,7 +10,8 @@ the last ones (real-time chunking), which takes a backward pass through the expe
 Every time ends with a device synchronisation. The ways to decide take turns, so that a machine that grows slower does so for all of them.
 `vision`, `prefix` and `expert` are the compiled path's parts, timed apart: the towers, the rest of what is computed once, and all calls of
 the expert. On CUDA there are also the kernels of a decision, and the bytes of the weights that it must read over its time: for π0.5
-at batch 1 the floor on an H200 is 4.6 ms (3.96 GB of prefix weights once, ten times 0.62 GB of the expert's)."""
+at batch 1 the floor on an H200 is 4.6 ms (3.96 GB of prefix weights once, ten times 0.62 GB of the expert's). Every batch's table is
+printed when it is measured."""
 
 import copy
 import dataclasses
@@ -63,14 +64,13 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(options.threads)
-    rows = []
     for name in options.policies:
         for horizon in options.horizons:
             policy = make(name, horizon, options)
             compiled = CompiledSampler(copy.deepcopy(policy), is_required=True)
             for batch in options.batches:
-                rows += rows_of(policy, name, batch, compiled, options)
-    print(aligned([list(rows[0]), *(list(row.values()) for row in rows)]))
+                rows = rows_of(policy, name, batch, compiled, options)
+                print(aligned([list(rows[0]), *(list(row.values()) for row in rows)]), end="\n\n", flush=True)
 
 
 def make(name: str, horizon: int, options: Options) -> Policy:
@@ -212,12 +212,12 @@ def part_times(
     """Median milliseconds of the towers, of towers and prefix and of one call of the expert, each as the compiled path runs it."""
     backbone = compiled.policy.backbone
     pictures = torch.cat([images[:, -1] for images in observation.images.values()])
-    bound = compiled.encode(observation, 1)
+    bound = compiled.encode(compiled.policy, observation, 1)
     features = bound.level_features(torch.ones(1, device=noise.device))
     see = torch.compile(backbone.picture_features, fullgraph=True, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
         "vision": lambda: see(pictures),
-        "encoded": lambda: compiled.encode(observation, 1),
+        "encoded": lambda: compiled.encode(compiled.policy, observation, 1),
         "call": lambda: compiled.evaluate(bound, noise[:, 0], features),
     }
     if noise.is_cuda:
@@ -247,12 +247,15 @@ def cuda_columns(
     """Kernels of a decision, and the weights that it must read over its time."""
     if not options.device.startswith("cuda"):
         return {}
+    read = num_bytes(policy.backbone) + objective.num_sampling_steps * num_bytes(policy.expert)
+    return {"kernels": str(num_kernels(call)), "weights GB/s": f"{read / seconds / 1e9:.0f}"}
+
+
+def num_kernels(call: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    read = num_bytes(policy.backbone) + objective.num_sampling_steps * num_bytes(policy.expert)
-    return {"kernels": str(len(kernels)), "weights GB/s": f"{read / seconds / 1e9:.0f}"}
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def num_bytes(module: torch.nn.Module) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,9 +45,6 @@ from vlatune.data.normalise import Statistics
 from vlatune.policy.config import PolicyConfig
 from vlatune.policy.policy import Policy
 from vlatune.train.recipes import load_recipe
-
-NUM_ROUNDS = 7
-
 
 Forward = Callable[[Policy, Observation, Tensor, Tensor], Tensor]
 
@@ -82,13 +80,32 @@ MODELS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = tuple(MODELS)
+    num_rounds: int = 7
+    """Of each comparison; the median counts."""
+
+
 def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
-    for model in [named("model", name, MODELS) for name in sys.argv[1:] or MODELS]:
-        compare(model)
+    for model in [named("model", name, MODELS) for name in options.models]:
+        compare(model, options.num_rounds)
 
 
-def compare(model: Model) -> None:
+def compare(model: Model, num_rounds: int) -> None:
+    def report(name: str, plain: Callable[[], Any], ours: Callable[[], Any]) -> None:
+        """Neighbours in time are compared: what else the machine does, it does to both."""
+        plain(), ours()
+        ratios = sorted(seconds(plain) / seconds(ours) for _ in range(num_rounds))
+        print(
+            f"  {name}: plain / ours = {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            flush=True,
+        )
+
     policy = model.make()
     observation = random_batch(policy, 1, torch.device("cpu")).observation
     padded = padded_prompt(observation, model.num_slots)
@@ -174,13 +191,6 @@ def with_absent_camera(observation: Observation) -> Observation:
 @torch.inference_mode()
 def tokens(policy: Policy, observation: Observation) -> int:
     return policy.prefix(observation).mask_BP.shape[1]
-
-
-def report(name: str, plain: Callable[[], Any], ours: Callable[[], Any]) -> None:
-    """Neighbours in time are compared: what else the machine does, it does to both."""
-    plain(), ours()
-    ratios = sorted(seconds(plain) / seconds(ours) for _ in range(NUM_ROUNDS))
-    print(f"  {name}: plain / ours = {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
 
 
 def seconds(call: Callable[[], Any]) -> float:
