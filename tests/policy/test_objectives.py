@@ -70,6 +70,7 @@ def test_trains_and_samples(preset, name):
 
 
 @needs_pretended_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "name"), PAIRS)
 def test_on_a_gpu_the_loss_is_the_same_and_no_devices_are_mixed(preset, name, monkeypatch):
     policy = make_policy(replace(PRESETS[preset](tiny=True), objective=OBJECTIVES[name])).eval()

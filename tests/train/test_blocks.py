@@ -69,6 +69,7 @@ def test_a_part_without_blocks_is_refused():
         ActivationCheckpointingConfig(every=0)
 
 
+@pytest.mark.slow
 def test_a_run_computes_the_same_under_zero2(small_cache, tmp_path):
     parts = ("--activation-checkpointing.parts", "vision", "language_model", "expert")
     train(small_cache.path, tmp_path / "plain", "--stop-at-step", "2")
