@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from vlatune.data.language import Language
 from vlatune.policy.acceleration import captured
 from vlatune.policy.acceleration.sampler import CompiledSampler
 from vlatune.policy.acting import ActingPolicy
+from vlatune.policy.objectives import AnyObjective
 from vlatune.policy.objectives.diffusion import Diffusion
 from vlatune.policy.objectives.flow import Flow
 from vlatune.policy.objectives.objective import Objective
 from vlatune.policy.objectives.one_step import OneStep
 from vlatune.policy.objectives.regression import Regression
 from vlatune.policy.objectives.rs_imle import RSIMLE
+from vlatune.policy.objectives.shortcut import Shortcut
 from vlatune.policy.policy import Policy
 from vlatune.policy.presets import PRESETS
 
@@ -31,6 +34,7 @@ OBJECTIVES = (
     Flow(solver="heun", num_sampling_steps=2),
     Flow(solver="midpoint", num_sampling_steps=2),
     OneStep(),
+    Shortcut(),
     Regression(),
     RSIMLE(output="aligned"),
     Diffusion(sampler="ddim", num_sampling_steps=2),
@@ -79,8 +83,12 @@ def test_a_graph_acts_as_the_plain_path(name, gpu):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
 def test_with_every_objective(objective, gpu):
-    policy = make_policy("pi0").eval().requires_grad_(False)
-    assert difference(gpu, policy, objective) < 1e-4
+    config = dataclasses.replace(PRESETS["pi0"](tiny=True), objective=objective)  # shortcut's has a second level
+    assert difference(gpu, make_policy(config).eval().requires_grad_(False), objective) < 1e-4
+
+
+def test_every_objective_is_here():
+    assert {type(objective) for objective in OBJECTIVES} == set(get_args(AnyObjective))
 
 
 def test_in_bfloat16_and_for_several_numbers_of_steps(gpu):

@@ -79,10 +79,9 @@ class RecordedGraph:
         keep = functools.partial(tree_map, lambda value: value.clone() if _is_on_cpu(value) else value)
         args, kwargs = keep(args), keep(kwargs)
         read = {value.host.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if _is_ours(value)}
-        hosts = functools.partial(tree_map, lambda value: value.host if _is_ours(value) else value)
         written = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
         new = [None if value.untyped_storage().data_ptr() in read else value for value in written]
-        self.calls.append((func, hosts(args), hosts(kwargs), new))
+        self.calls.append((func, _hosts(args), _hosts(kwargs), new))
 
     def replay(self) -> None:
         self.num_replays += 1
@@ -121,8 +120,7 @@ class PretendedGpu(TorchDispatchMode):
             self._refuse_what_cuda_cannot_record(func, args, between and is_copy)
         if asked is not None:
             kwargs["device"] = CPU
-        hosts = functools.partial(tree_map, lambda value: value.host if _is_ours(value) else value)
-        found = func(*hosts(args), **hosts(kwargs))
+        found = func(*_hosts(args), **_hosts(kwargs))
         if self.recording is not None:
             self.recording.record(func, args, kwargs, found)
         if not is_here:
@@ -168,18 +166,22 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, OnGpu)
 
 
+def _hosts(tree: Any) -> Any:
+    return tree_map(lambda value: value.host if _is_ours(value) else value, tree)
+
+
 def _is_on_cpu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not _is_ours(value)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp())
     root = Path(torch.__file__).parent
-    (folder / "guard.cpp").write_text(GUARD)
     command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", "guard.cpp", "-o", "guard.so"]
-    subprocess.run([*command, f"-L{root / 'lib'}", "-lc10"], cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "guard.so"))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "guard.cpp").write_text(GUARD)
+        subprocess.run([*command, f"-L{root / 'lib'}", "-lc10"], cwd=folder, check=True)
+        return ctypes.CDLL(f"{folder}/guard.so")
 
 
 class _Stream:
